@@ -1,8 +1,8 @@
-"""The static key/value cache (contract 2): slot = position, so rows of different lengths need no padding, no holes and no compaction.
+"""The static key/value cache (contract 2): slot = position, so ragged rows need no padding, holes or compaction.
 
-A query at position t sees the slots 0..t of its own row. Whatever lies behind a row's length is garbage that the next write
-overwrites; rolling back is therefore a change of the lengths alone. Lengths live on the host: the one read per round that a
-decoder makes anyway tells them, and nothing here ever waits for the device.
+A query at position t sees the slots 0..t of its own row. Whatever lies behind a row's length is garbage that the next
+write overwrites; rolling back is therefore a change of the lengths alone. Lengths live on the host: the one read per
+round that a decoder makes anyway tells them, and nothing here ever waits for the device.
 
 Shape letters: B batch, H key/value heads, C capacity, d head width, n new tokens.
 """
@@ -62,7 +62,7 @@ class StaticCache:
             )
 
     def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v [B, H, n, d] at `positions` [B, n]; returns views of the layer's keys and values up to the longest row.
+        """Store k, v [B, H, n, d] at `positions` [B, n]; returns views of the layer's buffers up to the longest row.
 
         Call `advance(n)` once after the last layer.
         """
@@ -82,7 +82,7 @@ class StaticCache:
         self.lengths = [length + n for length in self.lengths]
 
     def truncate(self, lengths: Sequence[int]) -> None:
-        """Roll each row back to `lengths[b]` tokens, O(1). Raises InvalidValue for a length that the row does not have."""
+        """Roll each row back to `lengths[b]` tokens, O(1). Raises InvalidValue for more than the row has."""
         if len(lengths) != self.batch or any(
             not 0 <= new <= old for new, old in zip(lengths, self.lengths, strict=True)
         ):
@@ -90,9 +90,9 @@ class StaticCache:
         self.lengths = list(lengths)
 
     def keep(self, path: Tensor, start: Sequence[int]) -> None:
-        """Compact a verified tree: row b keeps the slots start[b] + path[b, :] in that order, right after slot start[b] - 1.
+        """Compact a verified tree: row b keeps the slots start[b] + path[b, :], moved right behind slot start[b] - 1.
 
-        path: int64 [B, a], offsets of the accepted nodes among the tokens written last (strictly increasing along a row).
+        path: int64 [B, a], offsets of the accepted nodes among the tokens written last, increasing along a row.
         """
         rows = torch.arange(self.batch, device=self.device).unsqueeze(1)
         first = torch.tensor(list(start), device=self.device).unsqueeze(1)

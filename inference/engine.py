@@ -38,7 +38,10 @@ class Engine(Protocol):
     def dtype(self) -> torch.dtype: ...
 
     def new_cache(self, batch: int, capacity: int) -> StaticCache:
-        """An empty cache. Raises InvalidValue when `capacity` exceeds `spec.max_length`; InvalidType when the network's state cannot be rolled back."""
+        """An empty cache.
+
+        Raises InvalidValue when `capacity` exceeds `spec.max_length`; InvalidType when the state cannot be rolled back.
+        """
         ...
 
     def forward(
@@ -51,7 +54,7 @@ class Engine(Protocol):
         mask: Tensor | None = None,  # float, additive, broadcastable to [B, 1, n, C]; replaces the causal rule (trees)
         aux_layers: Sequence[int] = (),  # hidden states AFTER these layers (0 = embeddings) are returned as well
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """(hidden [B, n, D] after the final norm, one [B, n, D] per aux layer). Writes the cache and advances it by n."""
+        """(hidden [B, n, D] after the final norm, one [B, n, D] per aux layer); writes the cache, advances it by n."""
         ...
 
     def head(self, hidden: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Errors that a user can mend: one clear line each (value, what is allowed, the fix); the CLI turns them into exit code 2.
+"""Errors that a user can mend: one clear line each (value, what is allowed, the fix); exit code 2 in the CLI.
 
 Each class also is the builtin that the specs name (`ValueError`, `TypeError`, ...), so library users may catch either.
 """

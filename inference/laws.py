@@ -1,4 +1,4 @@
-"""Laws of a teacher at single positions: the form that the recorder, the online buffer, traces and every distillation loss share (contract 3).
+"""Laws of a teacher at single positions: the one form for recorder, buffer, traces and losses (contract 3).
 
 Shape letters: N positions, K stored categories, V vocabulary.
 """
@@ -15,8 +15,8 @@ from draftsmith.inference.errors import InvalidValue
 class TeacherLaw:
     """A target law p at N positions: K explicit tokens and ONE more category that holds all the rest.
 
-    The student's mass on the tail is 1 minus its mass on `ids`. A full law has K = V and tail_logmass = -inf; tokens that
-    top-k or top-p removed also have no tail (tail_logmass = -inf): the law says that they never occur.
+    The student's mass on the tail is 1 minus its mass on `ids`. A full law has K = V and tail_logmass = -inf; tokens
+    that top-k or top-p removed also have no tail (tail_logmass = -inf): the law says that they never occur.
     """
 
     ids: Tensor  # int64 [N, K]
@@ -28,9 +28,8 @@ class TeacherLaw:
     def __post_init__(self) -> None:
         n = self.ids.shape[0]
         if self.ids.ndim != 2 or self.logprobs.shape != self.ids.shape or self.tail_logmass.shape != (n,):
-            raise InvalidValue(
-                f"TeacherLaw wants ids [N,K], logprobs [N,K], tail_logmass [N]; got {tuple(self.ids.shape)}, {tuple(self.logprobs.shape)}, {tuple(self.tail_logmass.shape)}"
-            )
+            shapes = ", ".join(str(tuple(x.shape)) for x in (self.ids, self.logprobs, self.tail_logmass))
+            raise InvalidValue(f"TeacherLaw wants ids [N,K], logprobs [N,K], tail_logmass [N]; got {shapes}")
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -45,14 +44,13 @@ class TeacherLaw:
 
     @staticmethod
     def from_logits(logits: Tensor, top_k: int, temperature: float = 1.0) -> "TeacherLaw":
-        """The K most likely tokens of softmax(logits / temperature) and the mass of the rest. logits: [N, V]; temperature > 0.
+        """The K most likely tokens of softmax(logits / temperature) and the mass of the rest. logits: [N, V].
 
-        The tail is summed from the tail itself (not as 1 - head), so it keeps its digits when it is small.
+        temperature > 0 (InvalidValue otherwise). The tail is summed from the tail itself (not as 1 - head), so that it
+        keeps its digits when it is small.
         """
         if temperature <= 0:
-            raise InvalidValue(
-                f"a law to learn from needs temperature > 0, got {temperature}: greedy targets are labels, not laws"
-            )
+            raise InvalidValue(f"a law to learn from needs temperature > 0, got {temperature}; greedy gives labels")
         logp = torch.log_softmax(logits.float() / temperature, -1)
         k = min(top_k, logp.shape[-1])
         top, ids = logp.topk(k, -1)
@@ -61,7 +59,7 @@ class TeacherLaw:
 
     @staticmethod
     def from_probs(probs: Tensor, top_k: int, temperature: float = 1.0) -> "TeacherLaw":
-        """As `from_logits`, from a law after processors: zeros stay impossible (their logprob is -inf). probs: [N, V]."""
+        """As `from_logits`, from a law after processors: zeros stay impossible (logprob -inf). probs: [N, V]."""
         k = min(top_k, probs.shape[-1])
         top, ids = probs.float().topk(k, -1)
         tail = probs.float().scatter(-1, ids, 0.0).sum(-1)
@@ -90,7 +88,7 @@ class TeacherLaw:
 class Record:
     """What one served request leaves for learning: its tokens and the target's laws at some of its positions.
 
-    positions[i] = j means that law i is the law of the token AT index j of `ids` (predicted by the network's row j - 1).
+    positions[i] = j: law i is the law of the token AT index j of `ids`, which the network's row j - 1 predicts.
     """
 
     ids: Tensor  # int64 [T] prompt and answer

@@ -34,7 +34,7 @@ class TokenRequest:
 
 @dataclass
 class RoundStats:
-    """One entry per (round, row), in the order in which they happened; a plain decoding step is a round with drafted = 0.
+    """One entry per (round, row), in the order of events; a plain decoding step is a round with drafted = 0.
 
     The prefill pass counts as the first round's target call only if it commits a token.
     """

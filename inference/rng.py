@@ -1,7 +1,7 @@
 """Randomness by a counter: every number is a hash of (seed, row_id, position, stream), never of a generator's state.
 
-So a row's output does not depend on its batch-mates, a resumed job repeats itself, and no generator has to be checkpointed.
-The hash is the splitmix64 finaliser (Steele, Lea, Flood 2014), chained over the four words in wrapping int64 arithmetic.
+So a row's output does not depend on its batch-mates, a resumed job repeats itself, and no generator has to be saved.
+The hash is the splitmix64 finaliser (Steele, Lea, Flood 2014), chained over the four words in wrapping int64.
 """
 
 from enum import IntEnum
@@ -15,7 +15,7 @@ _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
 class Stream(IntEnum):
-    """What a uniform is drawn for. Decoders add `NUM_STREAMS * round` so that a position visited twice gets fresh numbers."""
+    """What a uniform is drawn for; decoders add NUM_STREAMS * round, so that a second visit gets fresh numbers."""
 
     SAMPLE = 0  # plain sampling, and the residual or bonus token of a speculative round
     DRAFT = 1  # the draft's own samples
