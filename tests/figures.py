@@ -1,8 +1,8 @@
 """Figures that acceptance tests measured: `record` writes them to docs/figures/<slug>.json (contract 14).
 
 Only tests marked `acceptance` call it. `python -m draftsmith.trainers.results` renders docs/results.md from the files.
-A figure is a number, a string, a boolean, or {"value": ..., "low": ..., "high": ..., "unit": ..., "need": ">= 1.3"}, of which
-all but "value" may be left out; "need" is the requirement that the test asserts.
+A figure is a number, a string, a boolean, or {"value": ..., "low": ..., "high": ..., "unit": ..., "need": ">= 1.3"},
+of which all but "value" may be left out; "need" is the requirement that the test asserts.
 """
 
 import datetime
@@ -39,7 +39,7 @@ SYSTEM_FILES: dict[str, tuple[str, ...]] = {  # what a system's figures depend o
 
 
 def blob_hash(path: Path) -> str:
-    """The name that git gives to the file's content (SHA-1 of a blob); computed here, so uncommitted content has one too."""
+    """The name that git gives to the file's content (SHA-1 of a blob), without asking git: no index needed."""
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
@@ -55,8 +55,8 @@ def record(
 ) -> Path:
     """Merge `figures` into docs/figures/<slug>.json, atomically; a name that was there is replaced. Returns the file.
 
-    The file holds runs: each has its commit, dirty flag, machine, date, seeds, library versions, and every source file of
-    the system with its git blob hash when it was measured; a figure belongs to the run that measured it last.
+    The file holds runs: each has its commit, dirty flag, machine, date, seeds, library versions, and every source file
+    of the system with its git blob hash when it was measured; a figure belongs to the run that measured it last.
     Raises ValueError for figures that JSON cannot hold (NaN and infinities too).
     """
     if not figures:
