@@ -1,10 +1,11 @@
-"""What a call costs on this machine: the cost curve that the forecast, the cost-optimal draft length and the fall-back read.
+"""What a call costs on this machine: read by the forecast, the cost-optimal draft length and the fall-back.
 
 Every operation is timed on the engines themselves at a stated batch and context length, interleaved (one of each per
 repetition, in a rotated order, so that a slow moment of the machine hits all alike) and reduced by the median.
 Shape letters: B batch, n tokens of one call, g draft length.
 """
 
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,8 +19,8 @@ from draftsmith.inference.errors import InvalidValue
 class CostCurve:
     """Seconds of each kind of call at one batch size. All of them are medians; lower is better.
 
-    A speculative round with n drafted tokens is expected to take n * draft_step + draft_fixed + t_verify(n + 1) + overhead,
-    a plain one plain + plain_overhead.
+    A speculative round of g drafted tokens is expected to take g * draft_step + draft_fixed + t_verify(g + 1) + overhead,
+    a plain round plain + plain_overhead.
     """
 
     batch: int
@@ -39,7 +40,8 @@ class CostCurve:
         bad = {n: t for n, t in self.verify.items() if n < 1 or not t > 0}
         if bad or not self.plain > 0 or min(self.draft_step, self.overhead, self.plain_overhead, self.draft_fixed) < 0:
             raise InvalidValue(
-                f"a cost curve holds seconds above 0 of n >= 1 tokens; got plain {self.plain}, verify {dict(self.verify)}"
+                f"a cost curve holds seconds above 0 for n >= 1 tokens; got plain {self.plain}, "
+                f"verify {dict(self.verify)}"
             )
 
     @staticmethod
@@ -64,7 +66,7 @@ class CostCurve:
         points = sorted(self.verify.items())
         if n <= points[0][0] or len(points) == 1:
             return points[0][1]
-        for (n0, t0), (n1, t1) in zip(points, points[1:], strict=False):
+        for (n0, t0), (n1, t1) in itertools.pairwise(points):
             if n <= n1:
                 return t0 + (t1 - t0) * (n - n0) / (n1 - n0)
         (n0, t0), (n1, t1) = points[-2:]

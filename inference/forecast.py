@@ -1,12 +1,13 @@
 """What speculative decoding will gain, from an acceptance probability and a cost curve; and where it stops paying.
 
 Model: every drafted position is accepted independently with probability alpha ("Fast Inference from Transformers via
-Speculative Decoding", 2023, eqs. 1 and 3.8 and theorem 3.11, with measured costs in place of constant ones).
-Limits: acceptance is not i.i.d. (easy and hard stretches alternate), so the tokens per round are over-estimated for
-accepted runs that end early and under-estimated where runs are long; a report shows the measured tau beside the forecast.
+Speculative Decoding", 2023: eq. 1, theorems 3.8 and 3.11, corollary 3.9), with measured costs in place of constants.
+Limits: acceptance is not i.i.d. (contexts differ, and the tokens behind an accepted one are easier or harder than the
+average), so tokens per call can come out higher or lower; every report shows the measured tau beside the forecast.
 Rows of a batch advance each at its own pace, so the formula holds per row with the costs of that batch.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -110,8 +111,8 @@ def break_even_alpha(costs: CostCurve, g_max: int = G_MAX) -> float | None:
 def break_even_batch(alpha: float, curves: Sequence[CostCurve], g_max: int = G_MAX) -> float | None:
     """The batch size up to which speculative decoding at its own best draft length pays; curves: one per batch size.
 
-    Linear in log(batch) between the last measured batch that gains and the first that does not. None: it does not gain even
-    at the smallest batch. math.inf: it still gains at the largest one measured (nothing is claimed beyond it).
+    Linear in log(batch) between the last measured batch that gains and the first that does not. None: it does not gain
+    even at the smallest batch. math.inf: it still gains at the largest one measured (nothing is claimed beyond it).
     """
     points = sorted((c.batch, speedup(alpha, best_g(alpha, c, g_max), c)) for c in curves)
     if not points:
@@ -123,7 +124,7 @@ def crossing(points: Sequence[tuple[int, float]]) -> float | None:
     """Where the speed-up falls through 1, from (batch, speed-up) pairs in ascending batch; see `break_even_batch`."""
     if points[0][1] < 1.0:
         return None
-    for (b0, s0), (b1, s1) in zip(points, points[1:], strict=False):
+    for (b0, s0), (b1, s1) in itertools.pairwise(points):
         if s1 < 1.0:
             share = (s0 - 1.0) / (s0 - s1)
             return float(b0 * (b1 / b0) ** share)
