@@ -19,7 +19,7 @@ from draftsmith.inference.errors import InvalidValue
 class CostCurve:
     """Seconds of each kind of call at one batch size. All of them are medians; lower is better.
 
-    A speculative round of g drafted tokens is expected to take g * draft_step + draft_fixed + t_verify(g + 1) + overhead,
+    A speculative round of g drafted tokens should take g * draft_step + draft_fixed + t_verify(g + 1) + overhead,
     a plain round plain + plain_overhead.
     """
 
