@@ -1,0 +1,78 @@
+"""Every batch that crosses from a loader to a training step.
+
+Batches carry integers only (contract 12): DeepSpeed's bf16 casts float inputs. A batch is a dataclass, but not a frozen
+one: Lightning's `apply_to_collection`, through which DeepSpeed and half precision run every batch, refuses frozen
+dataclasses (`A frozen dataclass was passed`). Treat a batch as immutable all the same. Moving to a device goes through
+`to`, which Lightning prefers to its own recursion.
+
+Shape letters: B batch, T time.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from draftsmith.inference.errors import InvalidType, InvalidValue
+
+PADDING = -1  # `document` at padded positions, `sample_id` of rows that only fill the last batch
+
+
+class Batch:
+    """Base of all batch dataclasses: moves its tensors together; other fields stay as they are."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """A copy on `device`; the transfer does not wait where the tensors are pinned."""
+        moved = {
+            f.name: value.to(device, non_blocking=True)
+            for f in fields(self)  # type: ignore[arg-type]  # only dataclasses derive from Batch
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)  # type: ignore[type-var]  # as above
+
+
+def check_field(owner: str, name: str, value: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Check one field of a batch. Raises InvalidType for a wrong dtype, InvalidValue for a wrong shape."""
+    if value.dtype != dtype:
+        raise InvalidType(f"{owner}.{name} must be {dtype}, got {value.dtype}")
+    if tuple(value.shape) != shape:
+        raise InvalidValue(f"{owner}.{name} must have shape {list(shape)}, got {list(value.shape)}")
+
+
+@dataclass(eq=False)
+class TokenBatch(Batch):
+    """Packed tokens for next-token losses.
+
+    Padding stands at the end of a row only: document = -1, loss_mask = 0, any id. A row that only fills the last batch
+    up (sample_id = -1) is padding throughout, so a batch may carry no label: divide by the label count clamped to 1.
+    """
+
+    ids: Tensor  # int64 [B, T]
+    loss_mask: Tensor  # int8 [B, T]; 1: token t is a label, predicted by the network's row t - 1. Always 0 at t = 0
+    document: (
+        Tensor  # int32 [B, T]; number of the document within the row, from 0; all 0 where documents are not kept apart
+    )
+    sample_id: Tensor  # int64 [B]; the sample's index in its data set (map-style) or in the stream
+    separate: bool = False  # True: attention must not cross documents, and positions restart (`positions`, `visible`)
+
+    def __post_init__(self) -> None:
+        if self.ids.ndim != 2:
+            raise InvalidValue(f"TokenBatch.ids must have shape [B, T], got {list(self.ids.shape)}")
+        batch, time = self.ids.shape
+        check_field("TokenBatch", "ids", self.ids, torch.int64, (batch, time))
+        check_field("TokenBatch", "loss_mask", self.loss_mask, torch.int8, (batch, time))
+        check_field("TokenBatch", "document", self.document, torch.int32, (batch, time))
+        check_field("TokenBatch", "sample_id", self.sample_id, torch.int64, (batch,))
+
+    def positions(self) -> Tensor:
+        """int64 [B, T]: 0, 1, 2, ... restarting where `document` changes."""
+        index = torch.arange(self.document.shape[1], device=self.document.device).expand_as(self.document)
+        starts = torch.ones_like(self.document, dtype=torch.bool)
+        starts[:, 1:] = self.document[:, 1:] != self.document[:, :-1]
+        return index - torch.where(starts, index, 0).cummax(1).values
+
+    def visible(self) -> Tensor:
+        """bool [B, 1, T, T]: query t may see key s: s <= t and both of one document (padding sees padding, never nothing)."""
+        same = self.document.unsqueeze(2) == self.document.unsqueeze(1)
+        return same.tril().unsqueeze(1)
