@@ -1,0 +1,56 @@
+# Every target makes .venv and installs what it needs when missing; `make help` lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check acceptance bench clean
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+DEMO ?= runs/demo
+
+help:  ## this list
+	@echo "make TARGET, where TARGET is one of"
+	@sed -n 's/^\([a-z]*\):.*##  *\(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  %-12s%s\n' "$$name" "$$text"; done
+
+install: $(STAMP)  ## make .venv with the tested versions (every other target does this first)
+
+# torch goes first and by its exact version: a range could pull a build of several GB, and with other requirements
+# beside it pip may pass over a wheel that lies on this machine.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "draftsmith needs Python 3.11 or newer, but $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
+	@echo "installing draftsmith[train,dev] into $(VENV) (minutes the first time)" >&2
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) "$$(grep '^torch==' constraints.txt)"
+	@$(PIP) -c constraints.txt -e '.[train,dev]'
+	@touch $@
+
+demo: $(STAMP)  ## train, serve, distil online, export and measure on this machine, in minutes; writes runs/demo
+	$(BIN)/draftsmith demo
+
+# One thread a worker: with more, two workers fight for two cores. A file stays on one worker, so its fixtures run once.
+test: export OMP_NUM_THREADS := 1
+test: $(STAMP)  ## all tests but the acceptance experiments and those that need a GPU; ARGS="-k name" narrows
+	$(BIN)/python -m pytest -m "not acceptance and not gpu" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+check: $(STAMP)  ## style, types and layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# SYSTEM=some-slug runs tests/acceptance/test_some_slug.py alone. Alone on the machine, with all its cores.
+acceptance: $(STAMP)  ## the experiments of the specs (SYSTEM=slug: of one); writes docs/figures and docs/results.md
+	$(BIN)/python -m pytest -m acceptance --timeout=0 $(if $(SYSTEM),tests/acceptance/test_$(subst -,_,$(SYSTEM)).py,tests/acceptance) $(ARGS)
+	$(BIN)/python -m draftsmith.trainers.results
+
+bench: $(STAMP)  ## time the demo's pair (runs the demo first if it has not run)
+	@test -e $(DEMO)/report.json || $(BIN)/draftsmith demo
+	$(BIN)/draftsmith bench $(DEMO)/exports/target --draft $(DEMO)/exports/draft --prompts $(DEMO)/prompts.jsonl --json $(DEMO)/bench.json
+
+clean:  ## remove build leftovers and caches; keeps .venv and runs
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
