@@ -37,6 +37,11 @@ class Engine(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
 
+    @property
+    def training(self) -> bool:
+        """True while the network is in train mode (dropout); decoders refuse it, since it breaks exactness."""
+        ...
+
     def new_cache(self, batch: int, capacity: int) -> StaticCache:
         """An empty cache.
 

@@ -1,0 +1,167 @@
+"""Tiny networks with known laws on the Engine protocol, and the statistics that compare decoders with them.
+
+Imports inference only (contract 7). Shape letters: B batch, n new tokens, C cache slots, V vocabulary.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from draftsmith.inference.cache import StaticCache
+from draftsmith.inference.engine import EngineSpec
+from draftsmith.inference.errors import InvalidType
+
+
+@dataclass
+class MarkovEngine:
+    """A context-free (order 0), Markov-1 or Markov-2 language model given by a table of logits.
+
+    It remembers its tokens in a real StaticCache (the key of a slot is the token's id), so a wrong roll-back, a wrong
+    slot or a stale row changes its logits from order 2 on. Before the first token it sees id 0.
+    Hidden states are the logits themselves and the head is the identity. No tree masks, no embeddings as input.
+    """
+
+    table: Tensor  # [V] * order + [V] logits; may be changed between calls (a draft that learns)
+    max_length: int = 4096
+    training: bool = False
+    calls: list[tuple[int, int]] = field(default_factory=list)  # (B, n) of each forward
+
+    @property
+    def order(self) -> int:
+        return self.table.ndim - 1
+
+    @property
+    def spec(self) -> EngineSpec:
+        v = self.table.shape[-1]
+        return EngineSpec(family="markov", vocab_size=v, hidden_size=v, num_layers=1, max_length=self.max_length)
+
+    @property
+    def device(self) -> torch.device:
+        return self.table.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.table.dtype
+
+    def new_cache(self, batch: int, capacity: int) -> StaticCache:
+        return StaticCache(1, batch, 1, 1, capacity, torch.float32, self.device)
+
+    def forward(
+        self,
+        tokens: Tensor | None = None,
+        *,
+        embeds: Tensor | None = None,
+        cache: StaticCache | None = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        aux_layers: Sequence[int] = (),
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if tokens is None or embeds is not None or mask is not None:
+            raise InvalidType("MarkovEngine reads tokens in a chain: no embeddings, no tree mask")
+        n = tokens.shape[1]
+        self.calls.append((tokens.shape[0], n))
+        if cache is None:
+            past = torch.nn.functional.pad(tokens, (1, 0))[:, :-1]
+        else:
+            cache.reserve(n)
+            at = cache.positions(n) if positions is None else positions
+            ids = tokens[:, None, :, None].float()
+            keys, _ = cache.write(0, ids, ids, at)
+            slots = (at - 1).clamp_min(0)
+            past = keys[:, 0, :, 0].gather(1, slots).long() * (at > 0)
+            cache.advance(n)
+        if self.order == 0:
+            hidden = self.table.expand(*tokens.shape, -1)
+        elif self.order == 1:
+            hidden = self.table[tokens]
+        else:
+            hidden = self.table[past, tokens]
+        return hidden, tuple(hidden for _ in aux_layers)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+
+def markov(vocab: int, order: int = 2, *, seed: int = 0, scale: float = 1.5, **kwargs: object) -> MarkovEngine:
+    """A MarkovEngine with random normal logits."""
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.randn([vocab] * (order + 1), generator=generator) * scale
+    return MarkovEngine(table, **kwargs)
+
+
+def near(engine: MarkovEngine, *, seed: int = 1, noise: float = 0.8) -> MarkovEngine:
+    """A draft for `engine`: its table plus normal noise. Larger noise: lower acceptance."""
+    generator = torch.Generator().manual_seed(seed)
+    return MarkovEngine(engine.table + torch.randn(engine.table.shape, generator=generator) * noise, engine.max_length)
+
+
+@dataclass(frozen=True)
+class ChiSquare:
+    """Pearson's test of counts against a law."""
+
+    statistic: float
+    dof: int
+    p_value: float
+    detectable_tv: float  # any law at least this far away in total variation fails (p < 0.001) with probability 0.9
+
+    def __str__(self) -> str:
+        test = f"chi2 {self.statistic:.1f} on {self.dof} dof, p {self.p_value:.4f}"
+        return f"{test}; a TV of {self.detectable_tv:.4f} would be detected"
+
+
+def chi_square(counts: Tensor, probs: Tensor, *, level: float = 0.001, power: float = 0.9) -> ChiSquare:
+    """Test counts [K] against probs [K]; cells with an expectation below 5 are merged into one.
+
+    detectable_tv: with d the difference of the laws, sum d^2/p >= (sum |d|)^2 = (2 TV)^2 (Cauchy-Schwarz), so
+    N (2 TV)^2 bounds the noncentrality from below, and TV = sqrt(lambda / N) / 2 is detected with `power` at `level`.
+    It speaks of the merged cells.
+    """
+    counts, probs = counts.double(), probs.double()
+    total = float(counts.sum())
+    if float(counts[probs <= 0].sum()) > 0:  # an impossible string was seen: no chi-square needed
+        return ChiSquare(math.inf, 0, 0.0, 1 / total)
+    order = probs.argsort(descending=True)
+    counts, expected = counts[order], probs[order] / probs.sum() * total
+    keep = int((expected >= 5).sum())
+    if keep < len(expected):
+        rest_counts, rest = counts[keep:].sum(), expected[keep:].sum()
+        if rest < 5 and keep > 1:  # still too thin: join the smallest of the kept cells
+            keep -= 1
+            rest_counts, rest = rest_counts + counts[keep], rest + expected[keep]
+        counts = torch.cat([counts[:keep], rest_counts[None]])
+        expected = torch.cat([expected[:keep], rest[None]])
+    dof = len(expected) - 1
+    if dof == 0:
+        return ChiSquare(0.0, 0, 1.0, 1.0)
+    statistic = float(((counts - expected) ** 2 / expected).sum())
+    return ChiSquare(
+        statistic, dof, _chi2_sf(statistic, dof), 0.5 * math.sqrt(_noncentrality(dof, level, power) / total)
+    )
+
+
+def _chi2_sf(x: float, dof: float) -> float:
+    return float(torch.special.gammaincc(torch.tensor(dof / 2, dtype=torch.float64), torch.tensor(x / 2).double()))
+
+
+def _noncentral_sf(x: float, dof: int, nc: float) -> float:
+    """P(chi2_dof(nc) > x): a Poisson(nc / 2) mixture of central laws."""
+    j = torch.arange(0, int(nc) + 200, dtype=torch.float64)
+    weight = torch.exp(j * math.log(nc / 2) - nc / 2 - torch.lgamma(j + 1))
+    return float((weight * torch.special.gammaincc(dof / 2 + j, torch.full_like(j, x / 2))).sum())
+
+
+def _noncentrality(dof: int, level: float, power: float) -> float:
+    """The noncentrality at which the test of `level` rejects with `power`, by bisection."""
+    low, high = float(dof), dof + 20 * math.sqrt(dof) + 100
+    for _ in range(60):  # the critical value
+        mid = (low + high) / 2
+        low, high = (mid, high) if _chi2_sf(mid, dof) > level else (low, mid)
+    critical = high
+    low, high = 1e-6, 20 * math.sqrt(dof) + 200
+    for _ in range(60):
+        mid = (low + high) / 2
+        low, high = (mid, high) if _noncentral_sf(critical, dof, mid) < power else (low, mid)
+    return high
