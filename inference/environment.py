@@ -1,5 +1,6 @@
 """What a measurement ran on: processor, threads, library versions, the commit. Reports and figures carry it."""
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -58,3 +59,9 @@ def git(root: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
+
+
+def blob_hash(path: Path) -> str:
+    """The name that git gives to the file's content (SHA-1 of a blob), without asking git."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

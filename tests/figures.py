@@ -7,7 +7,6 @@ of which all but "value" may be left out; "need" is the requirement that the tes
 
 import datetime
 import fcntl
-import hashlib
 import json
 import os
 import tempfile
@@ -15,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from draftsmith.inference.environment import git, machine, versions
+from draftsmith.inference.environment import blob_hash, git, machine, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "docs" / "figures"
@@ -36,12 +35,6 @@ SYSTEM_FILES: dict[str, tuple[str, ...]] = {  # what a system's figures depend o
     ),
     "bench": (*DECODING, "inference/bench.py", "inference/peers.py"),
 }
-
-
-def blob_hash(path: Path) -> str:
-    """The name that git gives to the file's content (SHA-1 of a blob), without asking git: no index needed."""
-    content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def record(
