@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.inference.errors import InvalidType, InvalidValue
+from draftsmith.inference.laws import TeacherLaw
 
 PADDING = -1  # `document` at padded positions, `sample_id` of rows that only fill the last batch
 
@@ -73,6 +74,56 @@ class TokenBatch(Batch):
         return index - torch.where(starts, index, 0).cummax(1).values
 
     def visible(self) -> Tensor:
-        """bool [B, 1, T, T]: query t may see key s: s <= t and both of one document (padding sees padding, never nothing)."""
+        """bool [B, 1, T, T]: query t sees key s; s <= t, both of one document (padding sees padding, never nothing)."""
         same = self.document.unsqueeze(2) == self.document.unsqueeze(1)
         return same.tril().unsqueeze(1)
+
+
+@dataclass(eq=False)
+class OnlineBatch(Batch):
+    """One online update of one draft (OSD): recorded contexts, and the target's laws at M positions of them.
+
+    Log-probabilities travel as the bit patterns of their float32 (`law` gives them back). More letters: R records,
+    M positions, K stored tokens. A batch without positions (M = 0) is what a rank with nothing to add contributes.
+    """
+
+    contexts: Tensor  # int64 [R, T], padded on the right with 0
+    lengths: Tensor  # int64 [R], 1..T
+    row: Tensor  # int64 [M]: the record of each position
+    position: Tensor  # int64 [M], 1..lengths[row] - 1: the law is that of the token AT this index (network row - 1)
+    law_ids: Tensor  # int64 [M, K]
+    logprob_bits: Tensor  # int32 [M, K]
+    tail_bits: Tensor  # int32 [M]
+    requests: Tensor  # int64 [R]: the stream's running numbers
+    draft: int = 0  # which draft learns from this
+    temperature: float = 1.0  # of the laws
+    processed: bool = False  # are the laws those after top-k/top-p/penalties?
+
+    def __post_init__(self) -> None:
+        if self.contexts.ndim != 2 or self.law_ids.ndim != 2:
+            shapes = list(self.contexts.shape), list(self.law_ids.shape)
+            raise InvalidValue(f"OnlineBatch wants contexts [R, T] and law_ids [M, K], got {shapes[0]} and {shapes[1]}")
+        (m, k), records = self.law_ids.shape, self.lengths.shape[0]
+        check_field("OnlineBatch", "contexts", self.contexts, torch.int64, tuple(self.contexts.shape))
+        check_field("OnlineBatch", "lengths", self.lengths, torch.int64, (self.contexts.shape[0],))
+        check_field("OnlineBatch", "row", self.row, torch.int64, (m,))
+        check_field("OnlineBatch", "position", self.position, torch.int64, (m,))
+        check_field("OnlineBatch", "law_ids", self.law_ids, torch.int64, (m, k))
+        check_field("OnlineBatch", "logprob_bits", self.logprob_bits, torch.int32, (m, k))
+        check_field("OnlineBatch", "tail_bits", self.tail_bits, torch.int32, (m,))
+        if self.requests.shape[0] not in (records, 0):
+            raise InvalidValue(f"OnlineBatch has {records} records and {self.requests.shape[0]} request numbers")
+
+    def law(self) -> TeacherLaw:
+        """The target's laws at the M positions."""
+        return TeacherLaw(
+            self.law_ids,
+            self.logprob_bits.view(torch.float32),
+            self.tail_bits.view(torch.float32),
+            self.temperature,
+            self.processed,
+        )
+
+    def labels(self) -> Tensor:
+        """int64 [M]: the tokens that were committed at the positions."""
+        return self.contexts[self.row, self.position]
