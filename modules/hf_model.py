@@ -73,6 +73,7 @@ class HFModel:
         return model.train()
 
     def _from_sizes(self, arch: Mapping[str, Any]) -> "PreTrainedModel":
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig, AutoModelForCausalLM
 
         model_type, sizes = arch["model_type"], {k: v for k, v in arch.items() if k != "model_type"}
@@ -91,6 +92,9 @@ class HFModel:
         try:
             config = AutoConfig.for_model(model_type, **sizes)
             return AutoModelForCausalLM.from_config(config, dtype=DTYPES[self.dtype])
+        except StrictDataclassError as e:  # "... validation error for ...:\n  ValueError: the reason"
+            reason = str(e).strip().splitlines()[-1].strip()
+            raise InvalidValue(f"model.arch cannot be built as {model_type}: {reason}") from e
         except (ValueError, TypeError, KeyError, RuntimeError) as e:
             raise InvalidValue(f"model.arch cannot be built as {model_type}: {_first_line(e)}") from e
 
@@ -195,3 +199,20 @@ class FrozenTeacher:
         """The live teacher of N positions for the chunked head; hidden [N, D] from `hidden`."""
         weight, bias = output_head(self.model)
         return TeacherHead(hidden, weight, temperature, bias)
+
+
+def special_ids(tokenizer_dir: str | Path) -> dict[str, int]:
+    """The bos/eos/pad ids of a tokenizer directory, as far as it has them, under their config.json keys."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir), local_files_only=True, trust_remote_code=False)
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {key: value for key in keys if (value := getattr(tokenizer, key)) is not None}
+
+
+def set_special_ids(model: "PreTrainedModel", ids: Mapping[str, int]) -> None:
+    """Write them into the configurations that an export carries: a network made from sizes knows only its family's."""
+    for config in (model.config, model.generation_config):
+        if config is not None:
+            for key, value in ids.items():
+                setattr(config, key, value)
