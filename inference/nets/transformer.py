@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from draftsmith.inference.cache import StaticCache
 from draftsmith.inference.errors import InvalidValue
+from draftsmith.inference.nets.masks import additive, beyond_window, check_mask, unseen
 from draftsmith.inference.nets.rope import RopeTable
 
 
@@ -101,63 +102,24 @@ def plan_step(
         cos, sin = cos[start:end].unsqueeze(0), sin[start:end].unsqueeze(0)
     step = Step(batch, n, cos.unsqueeze(2), sin.unsqueeze(2), end, cache, slots)
     if mask is not None:
-        if mask.dim() != 4 or mask.shape[-2:] != (n, end) or not mask.is_floating_point():
-            raise InvalidValue(
-                f"mask must be additive and float, broadcastable to [{batch}, 1, {n}, {end}] (0 visible, -inf hidden); "
-                f"got {mask.dtype} {tuple(mask.shape)}"
-            )
+        check_mask(mask, n, end)
         mask = mask.to(dtype)
     for window in set(windows):
-        given = mask
-        if given is not None and window is not None and window < end:
-            given = given + _tree_window(window, start, end, slots, positions, device, dtype)
-        view = View(given, None, False, 0) if given is not None else _rule(window, start, end, slots, device, dtype)
-        if view.mask is not None and group > 1:
-            view = View(view.mask, view.mask.repeat(1, 1, group, 1), False, view.first)
-        step.views[window] = view
+        limit = None if window is None or window >= end else window
+        first, causal, seen = 0, False, mask
+        if mask is not None:
+            if limit is not None:
+                seen = mask + additive(beyond_window(limit, start, end, slots, positions, device), dtype)
+        elif slots is None and n == 1:  # no mask where the shapes alone say it
+            first = 0 if limit is None else end - limit
+        elif slots is None and start == 0 and limit is None:
+            causal = True
+        else:
+            first = 0 if limit is None or slots is not None else max(0, start - limit + 1)
+            seen = additive(unseen(limit, start, end, slots, first, device), dtype)
+        packed = None if seen is None or group == 1 else seen.repeat(1, 1, group, 1)
+        step.views[window] = View(seen, packed, causal, first)
     return step
-
-
-def _rule(
-    window: int | None, start: int, end: int, slots: Tensor | None, device: torch.device, dtype: torch.dtype
-) -> View:
-    """The causal rule, with a window or none; no mask where the shapes alone say it."""
-    n = end - start
-    limit = None if window is None or window >= end else window
-    if slots is None:
-        if n == 1:
-            return View(None, None, False, 0 if limit is None else end - limit)
-        if start == 0 and limit is None:
-            return View(None, None, True, 0)
-        first = 0 if limit is None else max(0, start - limit + 1)
-        query = torch.arange(start, end, device=device)[None, None, :, None]
-    else:
-        first = 0
-        query = slots[:, None, :, None]
-    key = torch.arange(first, end, device=device)
-    hidden = key > query
-    if limit is not None:
-        hidden |= key <= query - limit
-    return View(torch.zeros((), dtype=dtype, device=device).where(~hidden, float("-inf")), None, False, first)
-
-
-def _tree_window(
-    window: int,
-    start: int,
-    end: int,
-    slots: Tensor | None,
-    positions: Tensor | None,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Tensor:
-    """[B or 1, 1, n, C]: -inf where a key's position lies `window` or more before the query's."""
-    slot = torch.arange(start, end, device=device).unsqueeze(0) if slots is None else slots
-    query = slot if positions is None else positions.to(device)
-    rows = max(slot.shape[0], query.shape[0])
-    key = torch.arange(end, device=device).expand(rows, end)
-    key = key.scatter(1, slot.expand(rows, -1), query.expand(rows, -1))
-    far = key[:, None, None, :] <= query[:, None, :, None] - window
-    return torch.zeros((), dtype=dtype, device=device).where(~far, float("-inf"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -302,8 +264,9 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B*n, D], normed -> [B*n, F], before `down_proj`."""
         if self.fused is None or torch.is_grad_enabled():
-            return self.act(self.gate_proj(x)) * self.up_proj(x)
-        gate, up = F.linear(x, *self.fused).chunk(2, -1)
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        else:
+            gate, up = F.linear(x, *self.fused).chunk(2, -1)
         inner: Tensor = self.act(gate) * up
         return inner
 
