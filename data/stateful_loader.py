@@ -234,7 +234,9 @@ class StatefulStreamLoader(_Loader):
 
     The length is given, so that all ranks agree on it and Lightning does not read one batch ahead (which it does with
     loaders without a length, and which would count a batch that was never trained on).
-    Limits: every rank, and every worker, goes through the whole stream and keeps its share.
+    Limits: every rank, and every worker, goes through the whole stream and keeps its share. Lightning 2.6 does not load
+    the state of a checkpoint that was saved after the last batch of an epoch: a data module must keep it as well, as
+    `text.TextDataModule` does (for `StatefulLoader` the announced epoch is enough).
     """
 
     kind = "stream"

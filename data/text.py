@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningDataModule
 
@@ -93,6 +93,8 @@ class TextDataModule(LightningDataModule):
         self._train: PackedTokens | None = None
         self._val: PackedTokens | None = None
         self._info: dict[str, str] = {}
+        self._loader: StatefulLoader | StatefulStreamLoader | None = None
+        self._resume: dict[str, Any] | None = None
 
     # --- preparation, once per machine ---
 
@@ -141,7 +143,11 @@ class TextDataModule(LightningDataModule):
             (temporary / "info.json").write_text(json.dumps(info), "utf-8")
 
     def setup(self, stage: str | None = None) -> None:
-        """Map the prepared data."""
+        """Map the prepared data; a new run forgets the position of the one before."""
+        self._loader = self._resume = None
+        self._open()
+
+    def _open(self) -> None:
         if self._info:
             return
         try:
@@ -192,7 +198,7 @@ class TextDataModule(LightningDataModule):
 
     def data_fingerprint(self) -> str:
         """sha256 of the documents and their division; of a stream only of names, sizes and times, marked "stream:"."""
-        self.setup()
+        self._open()
         return self._info["fingerprint"]
 
     def summary(self) -> str:
@@ -230,15 +236,29 @@ class TextDataModule(LightningDataModule):
         return requests
 
     def _packed(self, name: str) -> PackedTokens:
-        self.setup()
+        self._open()
         packed = self._train if name == "train" else self._val
         assert packed is not None
         return packed
 
     # --- loaders ---
 
+    def state_dict(self) -> dict[str, Any]:
+        """The training loader's position. Lightning keeps loader states too, but forgets those of an epoch's end."""
+        return {} if self._loader is None else {"train": self._loader.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._resume = state.get("train")
+
     def train_dataloader(self) -> StatefulLoader | StatefulStreamLoader:
-        """Shuffled batches; an incomplete last global batch is left out."""
+        """Shuffled batches; an incomplete last global batch is left out. Goes on where this run's last loader stood."""
+        position = self._resume if self._loader is None else self._loader.state_dict()
+        self._loader = self._train_loader()
+        if position is not None:
+            self._loader.load_state_dict(position)
+        return self._loader
+
+    def _train_loader(self) -> StatefulLoader | StatefulStreamLoader:
         rank, world_size = self._ranks()
         if not self.text.streaming:
             return StatefulLoader(
