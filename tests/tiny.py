@@ -33,7 +33,9 @@ def write_tokenizer(directory: Path, text: str = TEXT, vocab_size: int = 300) ->
     return tokenizer
 
 
-def lm(*, seed: int = 0, vocab_size: int = 320, layers: int = 2, width: int = 32, max_length: int = 256) -> Any:
+def lm(
+    *, seed: int = 0, vocab_size: int = 320, layers: int = 2, width: int = 32, max_length: int = 256, tie: bool = False
+) -> Any:
     """A random LlamaForCausalLM in eval mode; its end-of-sequence id is 1. Weights are large enough for peaked laws."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -47,6 +49,7 @@ def lm(*, seed: int = 0, vocab_size: int = 320, layers: int = 2, width: int = 32
         num_key_value_heads=2,
         max_position_embeddings=max_length,
         initializer_range=0.2,
+        tie_word_embeddings=tie,
         bos_token_id=0,
         eos_token_id=1,
     )
