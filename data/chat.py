@@ -117,8 +117,12 @@ def mask_by_turns(tokenizer: "PreTrainedTokenizerBase", messages: Messages) -> C
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = render(tokenizer, messages[:index], add_generation_prompt=True) if index else ""
         after = render(tokenizer, messages[: index + 1])
+        if index:
+            before = render(tokenizer, messages[:index], add_generation_prompt=True)
+        else:  # nothing before it to render: the generation prompt is what follows this turn when another is asked for
+            prompt = render(tokenizer, messages[:1], add_generation_prompt=True)[len(after) :]
+            before = after.partition(prompt)[0] + prompt if prompt else ""
         if not after.startswith(before) or not text.startswith(after):
             raise InvalidValue(
                 f"cannot tell what the assistant wrote in turn {index + 1}: the chat template changes earlier turns; "
