@@ -25,6 +25,7 @@ from draftsmith.modules.optim import FiniteGuard, OptimConfig, build_optimizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+DEFAULT_OPTIM = OptimConfig()
 _META = "draftsmith"  # key of our own entry in a checkpoint
 DEFINITIONS = {
     "val/loss": "mean cross-entropy per label token of the validation set, in nats",
@@ -71,7 +72,7 @@ class LM(pl.LightningModule):
     def __init__(
         self,
         model: HFModel,
-        optim: OptimConfig | None = None,
+        optim: OptimConfig = DEFAULT_OPTIM,
         gradient_checkpointing: bool = False,
         chunk_rows: int | None = None,
     ) -> None:
@@ -86,7 +87,7 @@ class LM(pl.LightningModule):
         """
         super().__init__()
         self.spec = HFModel.of(model)
-        self.optim = OptimConfig.of(optim or OptimConfig())
+        self.optim = OptimConfig.of(optim)
         self.gradient_checkpointing = gradient_checkpointing
         self.chunk_rows = chunk_rows
         if chunk_rows is not None and chunk_rows < 1:
@@ -102,6 +103,7 @@ class LM(pl.LightningModule):
         self.net: PreTrainedModel | None = None
         self.val_means, self.test_means = TokenMeans(), TokenMeans()
         self._finite = FiniteGuard()
+        self._skip = False
         self._checked = False
         self._meta: dict[str, Any] = {}  # what the export needs to know of the data; travels in the checkpoint
 
@@ -143,18 +145,22 @@ class LM(pl.LightningModule):
             statistics=statistics,
         )
 
-    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor | None:
+    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         out = self.loss(batch, statistics=False)
         sums = torch.stack([out.total.detach().double(), out.weight.double()])
         total, count = cast(Tensor, self.trainer.strategy.reduce(sums, reduce_op="sum"))
         count = count.clamp_min(1)
         self.log("train/loss", (total / count).float(), prog_bar=True, batch_size=len(batch.ids))
-        if not self._finite(total):
-            self.log("train/skipped", float(self._finite.skipped), batch_size=len(batch.ids))
-            return None
+        self._skip = not self._finite(total)
+        self.log("train/skipped", float(self._finite.skipped), batch_size=len(batch.ids))
         # the strategy averages gradients over ranks: this makes the average the gradient of the global mean
         scale: Tensor = self.trainer.world_size / count
         return out.total * scale.float()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._skip:  # returning no loss instead is refused by Lightning on more than one rank
+            for p in self.parameters():
+                p.grad = None  # AdamW leaves parameters without a gradient, and their moments, alone
 
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
         self.val_means.update(self.loss(batch, statistics=True))
@@ -194,7 +200,8 @@ class LM(pl.LightningModule):
             raise InvalidValue(
                 f"the tokenizer has {size} ids and the network only {rows} rows: set model.arch.vocab_size to {size}"
             )
-        self._meta["data_fingerprint"] = getattr(data, "fingerprint", None)
+        if data is not None and hasattr(data, "data_fingerprint"):
+            self._meta["data_fingerprint"] = data.data_fingerprint()
         directory = getattr(data, "tokenizer_dir", None)
         if directory is not None:
             self._meta["tokenizer_dir"] = str(directory)

@@ -262,18 +262,23 @@ class Poisoned(LM):
 
     def loss(self, batch: TokenBatch, statistics: bool) -> Any:
         out = super().loss(batch, statistics)
-        if self.training and self.global_step + self._finite.skipped in self.bad:
+        if self.training and self.global_step in self.bad:
             object.__setattr__(out, "total", out.total * float("nan"))
         return out
 
 
 def test_non_finite_losses_are_skipped_and_ten_in_a_row_end_the_run(tmp_path: Path) -> None:
-    lm = Poisoned(HFModel(arch=LLAMA), OptimConfig(lr=1e-2))
-    lm.bad = (1,)
-    run = trainer(tmp_path, max_epochs=4)
-    run.fit(lm, loader(batch()))
-    assert lm._finite.skipped == 1 and all(bool(p.isfinite().all()) for p in lm.parameters())
-    lm = Poisoned(HFModel(arch=LLAMA), OptimConfig(lr=1e-2))
+    weights = []
+    for steps, bad in ((2, ()), (3, (2,))):  # the third step is skipped: its weights are those of two steps
+        torch.manual_seed(0)
+        lm = Poisoned(HFModel(arch=LLAMA), OptimConfig(lr=1e-2, total_steps=9))
+        lm.bad = bad
+        run = trainer(tmp_path, max_epochs=steps, gradient_clip_val=1.0)
+        run.fit(lm, loader(batch()))
+        assert run.callback_metrics["train/skipped"] == len(bad) and run.global_step == steps
+        weights.append([p.detach() for p in lm.parameters()])
+    for a, b in zip(*weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
     lm.bad = tuple(range(100))
     with pytest.raises(InvalidState, match="not finite 10 steps in a row"):
         trainer(tmp_path, max_epochs=20).fit(lm, loader(batch()))
@@ -301,7 +306,10 @@ class Data(pl.LightningDataModule):
 
     def __init__(self, tokenizer_dir: Path, vocab_size: int) -> None:
         super().__init__()
-        self.tokenizer_dir, self.vocab_size, self.fingerprint = tokenizer_dir, vocab_size, "abc"
+        self.tokenizer_dir, self.vocab_size = tokenizer_dir, vocab_size
+
+    def data_fingerprint(self) -> str:
+        return "abc"
 
     def train_dataloader(self) -> DataLoader[TokenBatch]:
         return loader(batch())
