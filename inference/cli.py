@@ -9,8 +9,11 @@ import os
 import select
 import sys
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
+from typing import TextIO
 
 from draftsmith.inference.errors import InvalidState, MissingExtra, UserError, unknown_choice
 
@@ -70,6 +73,31 @@ class _BugReport:
             error.add_note("This is a bug in draftsmith: please report it with the command line and this traceback.")
 
 
+@contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    """Within, a warning of a class of ours is one line on stderr, like an error; others show as Python shows them."""
+    shown = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if category.__module__.startswith("draftsmith."):
+            print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+        else:
+            shown(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = shown
+
+
 def help_page() -> str:
     """The text of `draftsmith --help`; verbs that another package adds to the group come last, by name."""
     from importlib.metadata import entry_points
@@ -126,7 +154,7 @@ def run_main(main: Main, argv: list[str], prog: str) -> int:
     end = argv.index("--") if "--" in argv else len(argv)
     debug = "--debug" in argv[:end]
     argv = [arg for arg in argv[:end] if arg != "--debug"] + argv[end:]
-    with _BugReport():
+    with _BugReport(), _one_line_warnings():
         return _answer(main, argv, prog, debug)
 
 

@@ -191,6 +191,20 @@ def test_interrupt_is_130(plant: Planter, capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().err == "interrupted\n"
 
 
+def test_a_warning_of_ours_is_one_line_and_others_show_as_always() -> None:
+    code = (
+        "import sys, warnings; from draftsmith.inference import cli\n"
+        "class Ours(UserWarning): __module__ = 'draftsmith.inference.planted'\n"
+        "def main(argv):\n"
+        "    warnings.warn('two\\nlines', Ours)\n"
+        "    warnings.warn('theirs', UserWarning)\n"
+        "sys.exit(cli.run_main(main, [], 'draftsmith show'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert done.stderr.splitlines()[:2] == ["warning: two lines", "<string>:5: UserWarning: theirs"]
+
+
 @pytest.mark.parametrize(("code", "exit_code"), [(None, 0), (0, 0), (2, 2), ("text", 1)])
 def test_system_exit_becomes_a_return_value(code: int | str | None, exit_code: int, plant: Planter) -> None:
     plant("show", raiser(SystemExit(code)))

@@ -140,11 +140,11 @@ def slim(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_inference_tests_pass_on_the_slim_install(slim: Path, tmp_path: Path) -> None:
-    """tests/inference beside nothing but the fakes, in a folder without the sources (which -P keeps off the path)."""
-    tests = tmp_path / "tests"
-    shutil.copytree(ROOT / "tests" / "inference", tests / "inference", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("conftest.py", "fakes.py"):
-        shutil.copy(ROOT / "tests" / name, tests)
+    """tests/inference beside nothing but its helpers, in a folder without the sources (which -P keeps off the path)."""
+    for file in inference_test_files():
+        copy = tmp_path / file.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, copy)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)  # for its pytest section
     options = ("-q", "-p", "no:cacheprovider", "-m", "not slow and not acceptance and not gpu")
     output = run_well(slim, "-P", "-m", "pytest", *options, "tests/inference", cwd=tmp_path)
@@ -170,20 +170,47 @@ def test_the_slim_install_has_no_training_module_and_names_the_extra(slim: Path,
         assert (done.returncode, done.stdout) == (2, expected)
 
 
+def imported_modules(file: Path) -> set[str]:
+    """The full names that a file imports, wherever it does; `from a import b` counts as a and a.b."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def inference_test_files() -> set[Path]:
+    """tests/inference, conftest.py, and the helpers in tests/ that these import, directly or by one another."""
+    found: set[Path] = set()
+    queue = [ROOT / "tests" / "conftest.py", *(ROOT / "tests" / "inference").rglob("*.py")]
+    while queue:
+        file = queue.pop()
+        found.add(file)
+        helpers = {
+            ROOT / f"{name.replace('.', '/')}.py" for name in imported_modules(file) if name.startswith("tests.")
+        }
+        queue += [helper for helper in helpers - found if helper.exists()]
+    return found
+
+
+def test_the_inference_tests_import_inference_alone() -> None:
+    """They and their helpers: else they would fail on the slim install."""
+    for file in inference_test_files():
+        names = {name for name in imported_modules(file) if name.partition(".")[0] in ("draftsmith", *EXTRA_ONLY)}
+        wrong = {name for name in names if name != "draftsmith" and not name.startswith("draftsmith.inference")}
+        assert not wrong, f"{file.relative_to(ROOT)} imports {sorted(wrong)}"
+
+
 def test_inference_imports_its_five_libraries_and_no_pickle() -> None:
     banned = {"pickle", "marshal", "shelve", "dill", "cloudpickle"}
+    allowed = INFERENCE_IMPORTS | (set(sys.stdlib_module_names) - banned)
     for file in (ROOT / "inference").rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            names = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                names = [node.module or ""]
-            elif isinstance(node, ast.Call):
-                assert ast.unparse(node.func) != "torch.load", f"{file}: torch.load reads pickles; use safetensors"
-            tops = {name.partition(".")[0] for name in names}
-            outside = tops - INFERENCE_IMPORTS - (set(sys.stdlib_module_names) - banned)
-            assert not outside, f"{file.relative_to(ROOT)} imports {outside}"
+        outside = {name.partition(".")[0] for name in imported_modules(file)} - allowed
+        assert not outside, f"{file.relative_to(ROOT)} imports {outside}"
+        calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)}
+        assert "torch.load" not in calls, f"{file.relative_to(ROOT)}: torch.load reads pickles; use safetensors"
 
 
 def test_load_and_registry_import_in_less_than_twice_the_time_of_torch(tmp_path: Path) -> None:
