@@ -355,20 +355,21 @@ def _dataset_rows(what: str, streaming: bool) -> Iterator[tuple[str, Mapping[str
         data = datasets.load_from_disk(what)
         if isinstance(data, datasets.DatasetDict):
             if "train" not in data:
-                raise InvalidValue(
-                    f"data set {what!r} has no split 'train', only {', '.join(data)}: give one split's folder"
-                )
+                raise InvalidValue(f"data set {what!r} has no split 'train', only {', '.join(data)}: give one's folder")
             data = data["train"]
-    else:
-        name, _, split = what.removeprefix("hf:").partition("@")
-        name, _, subset = name.partition(":")
-        try:
-            data = datasets.load_dataset(name, subset or None, split=split or "train", streaming=streaming)
-        except (OSError, ValueError, RuntimeError) as e:  # offline, unknown name or split, loading script
-            reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-            raise InvalidValue(f"cannot load the Hugging Face data set {name!r}: {reason}") from e
-    for number, row in enumerate(data):
-        yield f"{what}#{number}", row
+        yield from ((f"{what}#{number}", row) for number, row in enumerate(data))
+        return
+    name, _, split = what.removeprefix("hf:").partition("@")
+    name, _, subset = name.partition(":")
+    try:
+        data = datasets.load_dataset(name, subset or None, split=split or "train", streaming=streaming)
+        for number, row in enumerate(data):
+            yield f"{what}#{number}", row
+    except (OSError, ValueError, RuntimeError) as e:  # no network, unknown name or split, a loading script
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise InvalidValue(
+            f"cannot load the Hugging Face data set {name!r}: {reason}; without a network give local files"
+        ) from e
 
 
 def _rows_to_documents(
