@@ -1,6 +1,6 @@
 """What goes into a decoder and what comes out of it (contract 11). Metrics read only `RoundStats`."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -47,10 +47,12 @@ class RoundStats:
     seconds: list[float] = field(default_factory=list)  # wall time of the round, shared by its rows
 
     def append(self, row: int, drafted: int, accepted: int, committed: int, beta_sum: float, seconds: float) -> None:
-        for column, value in zip(
-            vars(self).values(), (row, drafted, accepted, committed, beta_sum, seconds), strict=True
-        ):
-            column.append(value)
+        self.row.append(row)
+        self.drafted.append(drafted)
+        self.accepted.append(accepted)
+        self.committed.append(committed)
+        self.beta_sum.append(beta_sum)
+        self.seconds.append(seconds)
 
     def extend(self, other: "RoundStats", row_offset: int = 0) -> None:
         """Append another call's rounds, its rows renumbered from `row_offset`."""
@@ -112,4 +114,6 @@ class Decoder(Protocol):
 
     def decode(self, requests: Sequence[TokenRequest]) -> DecodeResult: ...
 
-    def stream(self, requests: Sequence[TokenRequest]) -> Iterator[Commit]: ...
+    def stream(self, requests: Sequence[TokenRequest]) -> Generator[Commit, None, DecodeResult]:
+        """Yields commits as they happen; the generator's return value (StopIteration.value) is the result."""
+        ...

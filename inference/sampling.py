@@ -66,6 +66,11 @@ class TokenCounts:
     prompt: Tensor  # bool [B, 1, V]: in the prompt
     output: Tensor  # float32 [B, n, V]: occurrences among the generated tokens before the position
 
+    def after(self, x: Tensor) -> "TokenCounts":
+        """The counts one token later. x: int64 [B, n], the token at each position."""
+        at = x.unsqueeze(-1)
+        return TokenCounts(self.prompt, self.output.scatter_add(-1, at, torch.ones_like(at, dtype=self.output.dtype)))
+
 
 class PenaltyState:
     """Token counts of a batch of rows, kept on the device and updated by what each round commits."""
@@ -170,7 +175,7 @@ def nucleus(probs: Tensor, top_p: float) -> Tensor:
     """
     flat = probs.reshape(-1, probs.shape[-1])
     rows = max(1, _CPU_BLOCK // flat.shape[1]) if flat.device.type == "cpu" else flat.shape[0]
-    return torch.cat([_nucleus(block, top_p) for block in flat.split(rows)]).view(probs.shape)
+    return torch.cat([_nucleus(block, top_p) for block in torch.split(flat, rows)]).view(probs.shape)
 
 
 def _nucleus(probs: Tensor, top_p: float) -> Tensor:
