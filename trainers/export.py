@@ -9,8 +9,6 @@ Shape letters: B batch, T time, V vocabulary.
 
 import copy
 import json
-import pickle
-import shlex
 import shutil
 import subprocess
 import sys
@@ -25,13 +23,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from draftsmith.inference import checkpoint, couplings, environment
+from draftsmith.inference import checkpoint, couplings
 from draftsmith.inference import manifest as manifests
 from draftsmith.inference.commands._args import CommandParser, parser
 from draftsmith.inference.errors import InvalidState, InvalidValue, unknown_choice
 from draftsmith.inference.manifest import Couplings, Manifest, Provenance, Seal, TargetCoupling
 from draftsmith.inference.rng import uniform
 from draftsmith.modules.export_spec import ExportSpec
+from draftsmith.trainers import runs
+from draftsmith.trainers.provenance import collect
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SEAL_ROWS, SEAL_TOKENS = 2, 48  # B and T of the fixed inputs
@@ -61,7 +61,7 @@ def export_run(
     run: str | Path,
     out: str | Path,
     *,
-    which: str = "best",
+    which: str | None = None,
     dtype: str | None = None,
     kind: str | None = None,
     target: str | Path | None = None,
@@ -69,12 +69,16 @@ def export_run(
 ) -> Manifest:
     """Export a checkpoint of a run folder, rebuilt from the run's own config.yaml.
 
-    Args: which: "best", "last" or the path of a checkpoint. kind, target: instead of what the module says of itself.
+    Args:
+        run: a run folder, or the id of one below runs/.
+        which: "best", "last" or the path of a checkpoint; None: best, or last in a run that never validated.
+        kind, target: instead of what the module says of itself.
     """
     checkpoint.check_destination(Path(out), overwrite=overwrite)  # before minutes of work
-    spec = rebuild(Path(run), which).export_spec()
+    run = runs.existing(str(run))
+    spec = rebuild(run, which).export_spec()
     spec = replace(spec, kind=kind or spec.kind, target_dir=str(target) if target else spec.target_dir)
-    return write(spec, out, dtype=dtype, overwrite=overwrite, provenance=run_provenance(Path(run), spec))
+    return write(spec, out, dtype=dtype, overwrite=overwrite, provenance=run_provenance(run, spec))
 
 
 def write(
@@ -126,19 +130,16 @@ def write(
     return final[0]
 
 
-def rebuild(run: Path, which: str) -> Exportable:
+def rebuild(run: Path, which: str | None = None) -> Exportable:
     """The run's module with the weights of one of its checkpoints, in eval mode on the CPU.
 
-    Raises InvalidValue (one line) for a folder that is no run, a checkpoint that is missing or damaged, and a module
+    Raises InvalidValue (one line) for a checkpoint that is missing, damaged or of another network, and for a module
     that cannot be exported.
     """
-    from draftsmith.trainers import runs
     from draftsmith.trainers.cli import module_from_config
 
-    config = run / "config.yaml"
-    if not config.is_file():
-        raise InvalidValue(f"{run} is not a run folder (it has no config.yaml): give a folder that draftsmith fit made")
-    path = runs.checkpoint(run, which) if which in ("best", "last") else Path(which)
+    config = run / runs.CONFIG
+    path = _checkpoint_file(run, which)
     stored = _read_checkpoint(path)
     module = module_from_config(config)
     if not hasattr(module, "export_spec"):
@@ -186,31 +187,29 @@ def seal_tokens(vocab_size: int, max_length: int) -> Tensor:
 
 def process_provenance(spec: ExportSpec) -> Provenance:
     """Provenance of an export that a running training process makes of its own module."""
-    root = Path(__file__).resolve().parent.parent
-    commit = environment.git(root, "rev-parse", "HEAD")
-    changed = environment.git(root, "status", "--porcelain", "--untracked-files=no")
-    return Provenance(
-        command=shlex.join(sys.argv),
-        created=_now(),
-        hardware=_hardware(),
-        versions=environment.versions(),
-        git_commit=commit,
-        dirty=None if changed is None else bool(changed),
-        seed=spec.seed,
-        steps=spec.steps,
-        data_fingerprint=spec.data_fingerprint,
-    )
+    return _provenance(collect(spec.seed), spec)
 
 
 def run_provenance(run: Path, spec: ExportSpec) -> Provenance:
-    """Provenance of a run: what its own provenance.json says, over that of this process."""
-    here = process_provenance(spec)
-    path = run / "provenance.json"
-    if not path.is_file():
-        return here
-    known = checkpoint.read_json(path)
-    fields = {k: known[k] for k in ("command", "git_commit", "dirty", "versions", "hardware") if k in known}
-    return replace(here, **fields, wall_seconds=known.get("wall_seconds"))
+    """Provenance of a run by its own provenance.json; of this process where the run has none."""
+    path = run / runs.PROVENANCE
+    return _provenance(checkpoint.read_json(path), spec) if path.is_file() else process_provenance(spec)
+
+
+def _provenance(known: dict[str, Any], spec: ExportSpec) -> Provenance:
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return Provenance(
+        command=known["command"],
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        hardware=", ".join([known["hardware"], *gpus]),
+        versions=known["versions"],
+        git_commit=known["git_commit"],
+        dirty=known["dirty"],
+        seed=known["seed"] if spec.seed is None else spec.seed,
+        steps=spec.steps,
+        data_fingerprint=spec.data_fingerprint,
+        wall_seconds=known.get("wall_seconds"),
+    )
 
 
 def _couplings(spec: ExportSpec, head_size: int) -> Couplings:
@@ -327,32 +326,29 @@ def _write_manifest(manifest: Manifest, directory: Path) -> None:
     (directory / manifests.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
 
 
-def _read_checkpoint(path: Path) -> dict[str, Any]:
-    if path.is_dir():
-        raise InvalidValue(f"{path} is a directory: give a Lightning checkpoint file (.ckpt)")
-    if not path.is_file():
-        raise InvalidValue(f"no such checkpoint: {path} (give best, last or the path of a .ckpt file)")
+def _checkpoint_file(run: Path, which: str | None) -> Path:
+    if which in ("best", "last"):
+        return runs.checkpoint(run, which)
+    if which is not None:
+        return Path(which)
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise InvalidValue(f"{path} is damaged or no checkpoint: {_squeeze(error)}") from error
-    if not isinstance(stored, dict) or "state_dict" not in stored:
-        raise InvalidValue(f"{path} holds no state_dict: give a checkpoint that draftsmith fit wrote")
+        return runs.checkpoint(run, "best")
+    except InvalidValue:  # a run that never validated
+        return runs.checkpoint(run, "last")
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise InvalidValue(f"no such checkpoint file: {path} (give best, last or the path of a .ckpt file)")
+    lack = runs.missing_part(path, ("state_dict",))
+    if lack is not None:
+        raise InvalidValue(f"checkpoint {path} cannot be exported: {lack}; take an earlier one (--checkpoint PATH)")
+    stored: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return stored
 
 
 def _squeeze(error: Exception) -> str:
     return f"{' '.join(str(error).split()):.300}"
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def _hardware() -> str:
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    here = environment.machine()
-    return ", ".join([f"{here['cpu']} ({here['cores']} cores)", *gpus])
 
 
 def _parser() -> CommandParser:
@@ -361,9 +357,11 @@ def _parser() -> CommandParser:
         "Turn a checkpoint of a run into a directory that loads anywhere, with its manifest and parity seal.",
         "draftsmith export runs/my-draft exports/my-draft --dtype bfloat16",
     )
-    made.add_argument("run", metavar="RUN", type=Path, help="run folder that draftsmith fit made")
+    made.add_argument("run", metavar="RUN", help="run folder that draftsmith fit made, or its id")
     made.add_argument("out", metavar="OUT", type=Path, help="directory to make")
-    made.add_argument("--checkpoint", default="best", metavar="best|last|PATH", help="which weights (default: best)")
+    made.add_argument(
+        "--checkpoint", metavar="best|last|PATH", help="which weights (default: best, or last where nothing validated)"
+    )
     made.add_argument("--dtype", choices=tuple(DTYPES), help="of the stored weights (default: as trained)")
     made.add_argument("--kind", choices=tuple(manifests.KINDS), help="default: what the run's module says")
     made.add_argument("--target", metavar="DIR", help="kind drafter: the target that it was trained for")
