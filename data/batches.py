@@ -98,6 +98,8 @@ class OnlineBatch(Batch):
     draft: int = 0  # which draft learns from this
     temperature: float = 1.0  # of the laws
     processed: bool = False  # are the laws those after top-k/top-p/penalties?
+    step: int = 0  # the same records come `steps` times, once per gradient step
+    steps: int = 1
 
     def __post_init__(self) -> None:
         if self.contexts.ndim != 2 or self.law_ids.ndim != 2:

@@ -180,33 +180,56 @@ class OnlineBuffer:
             self.heldout.extend(unpack(state["heldout"]))
 
     def save(self, path: Path) -> None:
-        """Write `state_dict` to one safetensors file (numbers as JSON in its header), atomically.
-
-        Raises InvalidValue unless `persist` is set.
-        """
+        """Write `state_dict` to one file. Raises InvalidValue unless `persist` is set."""
         if not self.settings.persist:
             raise InvalidValue("this buffer may not be written to disk: set persist_buffer to true to allow it")
-        state = self.state_dict()
-        tensors: dict[str, Tensor] = {}
-        for name in ("fresh", "old", "heldout"):
-            tensors |= {f"{name}.{key}": x for key, x in state[name].pop("tensors").items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".tmp")
-        save_file(tensors, unfinished, metadata={"state": json.dumps(state)})
-        os.replace(unfinished, path)
+        save_state(path, self.state_dict())
 
     def load(self, path: Path) -> None:
         """Read what `save` wrote. Raises InvalidValue naming the file when it is missing or damaged."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                state = json.loads(file.metadata()["state"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise InvalidValue(f"cannot read the stored buffer {path}: {error}") from error
-        for name in ("fresh", "old", "heldout"):
-            prefix = f"{name}."
-            state[name]["tensors"] = {k.removeprefix(prefix): x for k, x in tensors.items() if k.startswith(prefix)}
-        self.load_state_dict(state)
+        self.load_state_dict(load_state(path))
+
+
+_TENSOR = "$tensor"  # key of the place holder that stands for a tensor in the JSON part
+
+
+def save_state(path: Path, state: Any) -> None:
+    """Write nested dicts and lists of numbers and tensors to one safetensors file (numbers as JSON in its header).
+
+    Atomically: a temporary file is renamed. Makes the folder.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            tensors[name := str(len(tensors))] = value.contiguous()
+            return {_TENSOR: name}
+        if isinstance(value, dict):
+            return {key: strip(x) for key, x in value.items()}
+        return [strip(x) for x in value] if isinstance(value, list) else value
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".tmp")
+    header = json.dumps(strip(state))
+    save_file(tensors, unfinished, metadata={"state": header})
+    os.replace(unfinished, path)
+
+
+def load_state(path: Path) -> Any:
+    """Read what `save_state` wrote. Raises InvalidValue naming the file when it is missing or damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads(file.metadata()["state"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise InvalidValue(f"cannot read the stored buffer {path}: {error}") from error
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, dict):
+            return tensors[value[_TENSOR]] if _TENSOR in value else {key: fill(x) for key, x in value.items()}
+        return [fill(x) for x in value] if isinstance(value, list) else value
+
+    return fill(header)
 
 
 def pack(records: Iterable[Record]) -> dict[str, Any]:
