@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from draftsmith.inference import registry
+    import draftsmith.inference.registry as registry
     from draftsmith.inference.loader import load
 
 __all__ = ["load", "registry"]

@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from draftsmith.inference import manifest as manifests
 from draftsmith.inference.checkpoint import is_unfinished, read_json, refuse_pickles, verify_files
 from draftsmith.inference.couplings import (
@@ -65,6 +67,11 @@ class LoadedPart:
         return ()
 
     @property
+    def vocab_size(self) -> int:
+        """Ids below it mean tokens; the head may be padded above. Decode over these alone (`registry.build`)."""
+        return self.side.vocab_size
+
+    @property
     def side(self) -> Side:
         """This part as couplings see it."""
         return Side(self.path, self.manifest, self.part.spec.vocab_size, self.identity)
@@ -92,6 +99,7 @@ def load(
     directory = _directory(Path(path), sealing=sealing)
     if dtype is not None and dtype not in manifests.DTYPES:
         raise unknown_choice("dtype", dtype, manifests.DTYPES)
+    _check_device(device)
     manifest = manifests.read(directory)
     if manifest is not None:
         if manifest.seal is None and not sealing:
@@ -139,6 +147,14 @@ def check_pair(target: LoadedPart, draft: LoadedPart, allow_mismatch: bool = Fal
             f"{sentence}; the output stays exact, fewer tokens may be accepted", MismatchWarning, stacklevel=2
         )
     return shared
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA asserts
+        reason = " ".join(str(error).split())
+        raise InvalidValue(f"device {device!r} cannot be used here ({reason:.150}): take cpu") from error
 
 
 def _directory(path: Path, *, sealing: bool) -> Path:

@@ -100,6 +100,10 @@ def edit(path: Path, **changes: Any) -> None:
 
 
 class TestRefused:
+    @pytest.mark.parametrize("device", ["cuda:99", "warp"])
+    def test_a_device_that_is_not_there(self, export: Path, device: str) -> None:
+        refused(lambda: load(export, device=device), f"device '{device}' cannot be used here", "take cpu")
+
     def test_no_such_directory(self, tmp_path: Path) -> None:
         refused(lambda: load(tmp_path / "nowhere"), "no such directory", "local directories only")
         refused(lambda: load("meta-llama/Llama-3.1-8B"), "no such directory: meta-llama/Llama-3.1-8B")
