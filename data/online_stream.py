@@ -163,7 +163,9 @@ class OnlineStream(IterableDataset[OnlineBatch]):
         self.position = 0  # of the source, in this epoch
         self.updates = 0
         self._resting = False
+        self._at_rest = True
         self._current: _Update | None = None
+        self._loaded: dict[str, Any] | None = None
         self._target: Engine | None = None
         self._drafts: Sequence[ServedDraft] = ()
         self._reduce: Callable[[Tensor], Tensor] = lambda x: x
@@ -215,8 +217,11 @@ class OnlineStream(IterableDataset[OnlineBatch]):
 
     @property
     def at_rest(self) -> bool:
-        """Does nothing wait to be learned? Then position and counters are the whole state."""
-        return self._current is None and not any(len(buffer) for buffer in self.buffers)
+        """Does nothing wait to be learned, on any rank? Then position and counters are the whole state.
+
+        It is so from the last step of an update that emptied the buffers until the next request.
+        """
+        return self._at_rest
 
     def come_to_rest(self) -> None:
         """Before serving on, empty every buffer into an update; call on all ranks alike."""
@@ -247,9 +252,15 @@ class OnlineStream(IterableDataset[OnlineBatch]):
             batch = collate(update.records, update.draft)
             for step in range(update.step, self.serve.steps):
                 update.step = step + 1
-                if update.step == self.serve.steps:
-                    self._current = None  # while the last step runs, nothing waits
+                if update.step == self.serve.steps:  # while the last step runs, this update waits no longer
+                    self._current = None
+                    self._at_rest = self._waiting() == 0
                 yield replace(batch, step=step, steps=self.serve.steps)
+
+    def _waiting(self) -> int:
+        """Records in the buffers of all ranks, and of an unfinished update."""
+        own = sum(map(len, self.buffers)) + (len(self._current.records) if self._current else 0)
+        return int(self._reduce(torch.tensor(own)).item())
 
     def _next_draft(self) -> int | None:
         """The first draft whose buffers, over all ranks, are due; None when none is."""
@@ -261,6 +272,8 @@ class OnlineStream(IterableDataset[OnlineBatch]):
             if waiting >= self.buffers[draft].settings.interval or (waiting and (overdue or self._resting)):
                 return draft
         self._resting = False
+        if self._waiting() == 0:
+            self._at_rest = True  # nothing that was served could be learned from
         return None
 
     def _serve_next(self, incoming: Iterator[Item]) -> bool:
@@ -271,6 +284,7 @@ class OnlineStream(IterableDataset[OnlineBatch]):
         items = list(islice(incoming, count))
         if not items:
             return False
+        self._at_rest = False
         mine = range(self.rank, len(items), self.world_size)
         groups: dict[int, list[int]] = {}
         for i in mine:
@@ -324,7 +338,7 @@ class OnlineStream(IterableDataset[OnlineBatch]):
                 rounds=rounds,
             )
         )
-        self.buffers[draft].add(record, now=self.served)
+        self.buffers[draft].add(record, now=record.request)
 
     def counters(self) -> dict[str, int]:
         """Sums over all drafts of this rank: what became of the records, and what the recorder dropped."""
@@ -354,8 +368,7 @@ class OnlineStream(IterableDataset[OnlineBatch]):
             unfinished = current and {"draft": current.draft, "step": current.step, "records": pack(current.records)}
             save_state(self._file_of(state["file"]), {"buffers": buffers, "current": unfinished})
             return state
-        waiting = sum(map(len, self.buffers)) + (len(current.records) if current else 0)
-        state["waiting"] = int(self._reduce(torch.tensor(waiting)).item())
+        state["waiting"] = self._waiting()
         for buffer in buffers:
             sums = self._reduce(torch.tensor(list(buffer["counts"].values())))
             buffer["counts"] = dict(zip(buffer["counts"], sums.tolist(), strict=True))
@@ -366,6 +379,9 @@ class OnlineStream(IterableDataset[OnlineBatch]):
 
         Raises InvalidValue when stored records cannot be read, or belong to another number of ranks.
         """
+        if state == self._loaded and state["served"] == self.served and state["updates"] == self.updates:
+            return  # Lightning hands it over twice: with the data module and with the loader
+        self._loaded = state
         for name in ("served", "position", "updates"):
             setattr(self, name, state[name])
         self._resting = state["resting"]
@@ -393,6 +409,7 @@ class OnlineStream(IterableDataset[OnlineBatch]):
                 )
         for buffer, own in zip(self.buffers, buffers, strict=True):
             buffer.load_state_dict(own)
+        self._at_rest = self._current is None and not any(map(len, self.buffers))
 
     def _file_of(self, stem: str) -> Path:
         if self.buffer_dir is None:

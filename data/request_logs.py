@@ -73,6 +73,8 @@ class RequestLog:
     Raises InvalidValue at once when a file is missing, or when no line of all files is usable.
     """
 
+    length: int | None = None  # known only after reading everything
+
     def __init__(self, paths: Sequence[str | Path], tokenizer: Any, *, max_length: int, max_tag: int = 64) -> None:
         """tokenizer: a transformers tokenizer; chats want one with a chat template. max_length: the model's context."""
         self.paths = [Path(path) for path in paths]
