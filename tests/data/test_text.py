@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -399,6 +401,71 @@ def test_a_run_resumes_exactly(
     for step in steps:
         rest = fit(data(), tmp_path / "rest", tmp_path / "whole" / f"step={step}.ckpt", **save)
         assert rest == whole[step:], f"resumed after step {step}"
+
+
+TWO_RANKS = """
+import json, sys, warnings
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from draftsmith.data.corpus import CorpusConfig
+from draftsmith.data.text import TextConfig, TextDataModule
+
+rows, cache, tokenizer, streaming, folder, ckpt = sys.argv[1:]
+streaming = bool(int(streaming))
+
+class Watcher(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.seen = torch.nn.Linear(1, 1), []
+
+    def training_step(self, batch, _):
+        self.seen.append(batch.sample_id.tolist())
+        return self.layer(batch.ids.float().mean().view(1, 1)).sum() * 0.0
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def on_train_end(self):
+        with open(f"{folder}/rank{self.global_rank}.json", "w") as file:
+            json.dump(self.seen, file)
+
+data = TextDataModule(
+    CorpusConfig((rows,), group_field="package", val_fraction=0.2, dedup=None),
+    TextConfig(tokenizer, length=16, batch_size=3, cache_dir=cache, streaming=streaming, batches_per_epoch=6,
+               shuffle_window=8, num_workers=1))
+warnings.simplefilter("ignore")
+pl.Trainer(
+    accelerator="cpu", strategy="ddp", devices=2, max_epochs=2, limit_train_batches=6, limit_val_batches=0,
+    logger=False, enable_progress_bar=False, enable_model_summary=False,
+    callbacks=[ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=4)],
+).fit(Watcher(), datamodule=data, ckpt_path=ckpt or None)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", [False, True], ids=["store", "stream"])
+def test_two_real_ranks_share_the_data_and_resume(
+    rows: Path, tmp_path: Path, tokenizer_dir: Path, streaming: bool
+) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(TWO_RANKS)
+
+    def run(name: str, ckpt: str) -> list[list[list[int]]]:
+        folder = tmp_path / name
+        folder.mkdir()
+        command = [script, rows, tmp_path / "cache", tokenizer_dir, int(streaming), folder, ckpt]
+        subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True, timeout=300)
+        return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+    whole = run("whole", "")
+    assert [len(rank) for rank in whole] == [12, 12]
+    for epoch in range(2):
+        seen = [i for rank in whole for b in rank[epoch * 6 : epoch * 6 + 6] for i in b]
+        assert len(set(seen)) == len(seen) == 36  # two ranks, six batches of three, no sample twice
+    step = 8  # in the middle of the second epoch
+    assert run("rest", str(tmp_path / "whole" / f"step={step}.ckpt")) == [rank[step:] for rank in whole]
 
 
 def test_a_second_fit_starts_anew(rows: Path, tmp_path: Path) -> None:
