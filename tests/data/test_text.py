@@ -474,6 +474,15 @@ def test_a_second_fit_starts_anew(rows: Path, tmp_path: Path) -> None:
     assert fit(data, tmp_path / "a", **save) == fit(data, tmp_path / "b", **save)
 
 
+def test_a_run_without_validation(rows: Path, tmp_path: Path) -> None:
+    data = TextDataModule(
+        CorpusConfig((str(rows),), val_fraction=0.0), TextConfig("bpe:300", length=16, cache_dir=str(tmp_path))
+    )
+    assert len(fit(data, tmp_path / "a", every_n_epochs=9)) == 15
+    with pytest.raises(InvalidValue, match="only 0 prompts"):
+        data.prompts(1)
+
+
 def test_resume_on_other_text_is_refused(rows: Path, tmp_path: Path) -> None:
     fit(module(rows, tmp_path), tmp_path / "a", every_n_train_steps=1)
     other = tmp_path / "other.jsonl"
