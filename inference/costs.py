@@ -5,14 +5,27 @@ repetition, in a rotated order, so that a slow moment of the machine hits all al
 Shape letters: B batch, n tokens of one call, g draft length.
 """
 
+import functools
 import itertools
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from draftsmith.inference.drafters.base import Drafter, DraftTask
+from draftsmith.inference.engine import Engine
+from draftsmith.inference.environment import machine
 from draftsmith.inference.errors import InvalidValue
+from draftsmith.inference.requests import RoundStats
+from draftsmith.inference.sampling import SamplingParams
+
+VERIFY_TOKENS = (1, 2, 3, 4, 6, 9, 13, 17, 25)  # of one target call; t_verify is interpolated between them
+DRAFT_TOKENS = (1, 9)  # two draft lengths tell the step and what a round of drafting costs anyway
 
 
 @dataclass(frozen=True)
@@ -103,3 +116,137 @@ class CostCurve:
         except (OSError, json.JSONDecodeError) as error:
             raise InvalidValue(f"cannot read the cost curve {path}: {error}") from None
         return CostCurve.from_json(data)
+
+
+def measure(
+    target: Engine,
+    drafter: Drafter | None,
+    *,
+    batch: int = 1,
+    context: int = 64,
+    sampling: SamplingParams | None = None,
+    verify_tokens: Sequence[int] = VERIFY_TOKENS,
+    repetitions: int = 15,
+    clock: Callable[[], float] = time.perf_counter,
+) -> CostCurve:
+    """Time a decoder's calls at `batch` rows with `context` committed tokens each.
+
+    Any tokens do: costs do not depend on them. The context is shortened where the target's positions end earlier.
+    Without a drafter the draft step is 0. clock: seconds, for tests.
+    Raises InvalidValue for a batch or context below 1, or a network whose positions end before a draft fits.
+    """
+    if batch < 1 or context < 1 or repetitions < 1:
+        raise InvalidValue(f"batch, context and repetitions start at 1, got {batch}, {context} and {repetitions}")
+    sampling = sampling or SamplingParams()
+    context = min(context, target.spec.max_length - max(verify_tokens))
+    if context < 1:
+        raise InvalidValue(
+            f"the target's {target.spec.max_length} positions do not hold {max(verify_tokens)} more tokens"
+        )
+    ids = torch.arange(context + max(verify_tokens)).remainder(target.spec.vocab_size).expand(batch, -1)
+    jobs: dict[tuple[str, int], Callable[[], None]] = {}
+    with torch.inference_mode():
+        cache = target.new_cache(batch, ids.shape[1])
+        on_device = ids.to(target.device)
+        target.forward(on_device[:, :context], cache=cache)
+
+        def verify(n: int) -> None:
+            hidden, _ = target.forward(on_device[:, context : context + n], cache=cache)
+            target.head(hidden)
+            cache.truncate([context] * batch)
+
+        for n in sorted({1, *verify_tokens}):
+            jobs["verify", n] = functools.partial(verify, n)
+        if drafter is not None:
+            jobs |= _draft_jobs(drafter, target, ids[:, :context], sampling)
+        times: dict[tuple[str, int], list[float]] = {name: [] for name in jobs}
+        order = list(jobs)
+        for job in order:  # warm-up: first calls allocate
+            jobs[job]()
+        for r in range(repetitions):
+            turn = r % len(order)
+            for name in (*order[turn:], *order[:turn]):
+                _wait(target)
+                start = clock()
+                jobs[name]()
+                _wait(target)
+                times[name].append(clock() - start)
+    median = {name: statistics.median(seconds) for name, seconds in times.items()}
+    step, fixed = 0.0, 0.0
+    if drafter is not None:
+        short, long = DRAFT_TOKENS
+        step = max(median["draft", long] - median["draft", short], 0.0) / (long - short)
+        fixed = max(median["draft", short] - short * step, 0.0)
+    return CostCurve(
+        batch=batch,
+        plain=median["verify", 1],
+        draft_step=step,
+        verify={n: t for (kind, n), t in median.items() if kind == "verify"},
+        draft_fixed=fixed,
+        context=context,
+        repetitions=repetitions,
+        machine={**machine(), "threads": torch.get_num_threads()},
+    )
+
+
+def calibrate(curve: CostCurve, rounds: Mapping[int, RoundStats]) -> CostCurve:
+    """Add what a decoder's whole rounds take beyond the calls. rounds: g -> rounds of that constant length, 0 -> plain.
+
+    Each row's first round is left out (it contains the prefill). With two draft lengths the part that grows with g goes
+    to the draft step (drawing and keeping a token), the rest to the overhead.
+    """
+    beyond: dict[int, float] = {}
+    for g, stats in rounds.items():
+        seen: set[int] = set()
+        seconds = []
+        for row, drafted, spent in zip(stats.row, stats.drafted, stats.seconds, strict=True):
+            if row in seen and drafted == g:
+                seconds.append(spent)
+            seen.add(row)
+        if seconds:
+            bare = replace(curve, overhead=0.0, plain_overhead=0.0)
+            beyond[g] = statistics.median(seconds) - bare.round_seconds(g)
+    plain = max(beyond.pop(0, 0.0), 0.0)
+    slope = 0.0
+    if len(beyond) > 1:
+        (g0, b0), (g1, b1) = min(beyond.items()), max(beyond.items())
+        slope = (b1 - b0) / (g1 - g0)
+    step = max(curve.draft_step + slope, 0.0)
+    rest = [b - g * (step - curve.draft_step) for g, b in beyond.items()]
+    return replace(
+        curve, draft_step=step, overhead=max(statistics.mean(rest), 0.0) if rest else 0.0, plain_overhead=plain
+    )
+
+
+def _draft_jobs(
+    drafter: Drafter, target: Engine, ids: torch.Tensor, sampling: SamplingParams
+) -> dict[tuple[str, int], Callable[[], None]]:
+    batch, context = ids.shape
+    longest = max(DRAFT_TOKENS)
+    vocab = min(target.spec.vocab_size, drafter.vocab_size or target.spec.vocab_size)
+    task = DraftTask(
+        rows=batch,
+        capacity=context + longest,
+        longest=longest,
+        vocab_size=vocab,
+        sampling=sampling,
+        device=target.device,
+        want_law=False,
+        confidence=None,
+    )
+    session = drafter.start(task)
+    tokens = ids.remainder(vocab).tolist()
+    if session.room(context) < longest:
+        raise InvalidValue(f"the draft's positions do not hold {longest} tokens behind a context of {context}")
+    u = None if sampling.greedy else torch.full((batch, longest), 0.5, dtype=torch.float64, device=target.device)
+
+    def draft(g: int) -> None:
+        session.propose(tokens, [g] * batch, None if u is None else u[:, :g], None)
+        session.commit([context] * batch)
+
+    return {("draft", g): functools.partial(draft, g) for g in DRAFT_TOKENS}
+
+
+def _wait(engine: Engine) -> None:
+    if engine.device.type == "cuda":
+        torch.cuda.synchronize(engine.device)

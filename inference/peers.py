@@ -72,8 +72,9 @@ class TransformersPeers:
         lookup_tokens: int = 10,
         stop_ids: Sequence[int] = (),
     ) -> None:
-        self.target = _model(target, dtype, device)
-        self.draft: Any = None if draft is None else _model(draft, dtype, device)
+        with quiet():
+            self.target = _model(target, dtype, device)
+            self.draft: Any = None if draft is None else _model(draft, dtype, device)
         self.temperature = temperature
         self.g = g
         self.lookup_tokens = lookup_tokens
@@ -143,15 +144,18 @@ class TransformersPeers:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' log lines (each generate call has some) for the duration."""
+    """Silence transformers' log lines and loading bars for the duration."""
     from transformers.utils import logging
 
-    level = logging.get_verbosity()
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _model(path: Path, dtype: torch.dtype, device: torch.device | str) -> Any:

@@ -25,6 +25,7 @@ SERIES = (BLUE, RED, GREEN, ORANGE, PURPLE, SKY)
 LINES = ("-", "--", "-.", ":")
 MARKS = ("o", "s", "^", "D")
 INK = "#303030"
+CONSTANT_ROWS = ("speculative", "speculative_best")  # the rows that the forecast curve speaks of
 DPI = 130
 
 Interval = Mapping[str, float | None]  # {"value": ..., "low": ..., "high": ...}; low and high may be None
@@ -99,7 +100,7 @@ def forecast_curves(
                   label=f"batch {batch}")  # fmt: skip
         rows = next(b["rows"] for b in batches if b["batch"] == batch)
         for row in rows:
-            if row["offered"] and row.get("mean_draft_length") and row["name"].startswith("speculative"):
+            if row["offered"] and row["name"] in CONSTANT_ROWS:
                 ratio = row["speedup_vs_plain"]
                 low, high = _ends(ratio)
                 axes.errorbar(row["mean_draft_length"], ratio["value"], fmt=MARKS[i % len(MARKS)], markersize=6,
