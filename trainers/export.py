@@ -8,6 +8,7 @@ Shape letters: B batch, T time, V vocabulary.
 """
 
 import copy
+import inspect
 import json
 import shutil
 import subprocess
@@ -62,6 +63,7 @@ def export_run(
     out: str | Path,
     *,
     which: str | None = None,
+    draft: str | None = None,
     dtype: str | None = None,
     kind: str | None = None,
     target: str | Path | None = None,
@@ -72,11 +74,12 @@ def export_run(
     Args:
         run: a run folder, or the id of one below runs/.
         which: "best", "last" or the path of a checkpoint; None: best, or last in a run that never validated.
+        draft: which one, in a run that trained several.
         kind, target: instead of what the module says of itself.
     """
     checkpoint.check_destination(Path(out), overwrite=overwrite)  # before minutes of work
     run = runs.existing(str(run))
-    spec = rebuild(run, which).export_spec()
+    spec = _spec(rebuild(run, which), draft)
     spec = replace(spec, kind=kind or spec.kind, target_dir=str(target) if target else spec.target_dir)
     return write(spec, out, dtype=dtype, overwrite=overwrite, provenance=run_provenance(run, spec))
 
@@ -326,6 +329,14 @@ def _write_manifest(manifest: Manifest, directory: Path) -> None:
     (directory / manifests.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
 
 
+def _spec(module: Exportable, draft: str | None) -> ExportSpec:
+    if draft is None:
+        return module.export_spec()
+    if "draft" not in inspect.signature(module.export_spec).parameters:
+        raise InvalidValue(f"{type(module).__name__} has one part to export: leave --draft out")
+    return module.export_spec(draft=draft)  # type: ignore[call-arg]  # modules with several drafts take it
+
+
 def _checkpoint_file(run: Path, which: str | None) -> Path:
     if which in ("best", "last"):
         return runs.checkpoint(run, which)
@@ -362,6 +373,7 @@ def _parser() -> CommandParser:
     made.add_argument(
         "--checkpoint", metavar="best|last|PATH", help="which weights (default: best, or last where nothing validated)"
     )
+    made.add_argument("--draft", metavar="KEY", help="which draft, in a run that trained several")
     made.add_argument("--dtype", choices=tuple(DTYPES), help="of the stored weights (default: as trained)")
     made.add_argument("--kind", choices=tuple(manifests.KINDS), help="default: what the run's module says")
     made.add_argument("--target", metavar="DIR", help="kind drafter: the target that it was trained for")
@@ -377,6 +389,7 @@ def main(argv: list[str]) -> int:
         given.run,
         given.out,
         which=given.checkpoint,
+        draft=given.draft,
         dtype=given.dtype,
         kind=given.kind,
         target=given.target,
