@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -68,20 +68,31 @@ def export_run(
     kind: str | None = None,
     target: str | Path | None = None,
     overwrite: bool = False,
-) -> Manifest:
-    """Export a checkpoint of a run folder, rebuilt from the run's own config.yaml.
+) -> dict[Path, Manifest]:
+    """Export a checkpoint of a run folder, rebuilt from the run's own config.yaml; returns what was written where.
+
+    A run that trained several drafts gives one export per draft below `out`, and router.json beside them.
 
     Args:
         run: a run folder, or the id of one below runs/.
         which: "best", "last" or the path of a checkpoint; None: best, or last in a run that never validated.
-        draft: which one, in a run that trained several.
+        draft: one of several drafts; None: all of them.
         kind, target: instead of what the module says of itself.
     """
     checkpoint.check_destination(Path(out), overwrite=overwrite)  # before minutes of work
     run = runs.existing(str(run))
-    spec = _spec(rebuild(run, which), draft)
+    module = rebuild(run, which)
+    if draft is None and len(getattr(module, "draft_keys", ())) > 1:
+        from draftsmith.trainers.export_drafts import export_drafts  # which imports this file
+
+        if kind or target:
+            raise InvalidValue("--kind and --target go with one draft: name it with --draft KEY")
+        made = export_drafts(module, out, dtype=dtype, overwrite=overwrite, provenance=run_provenance(run))
+        return {Path(out) / key: manifest for key, manifest in made.items()}
+    spec = _spec(module, draft)
     spec = replace(spec, kind=kind or spec.kind, target_dir=str(target) if target else spec.target_dir)
-    return write(spec, out, dtype=dtype, overwrite=overwrite, provenance=run_provenance(run, spec))
+    provenance = run_provenance(run)
+    return {Path(out): write(spec, out, dtype=dtype, overwrite=overwrite, provenance=provenance)}
 
 
 def write(
@@ -94,7 +105,7 @@ def write(
 ) -> Manifest:
     """Write, seal and publish an export; returns its manifest. `out` appears whole and sealed, or not at all.
 
-    Args: dtype: of the stored weights; None keeps the model's. provenance: None describes this process.
+    Args: dtype: of the stored weights; None keeps the model's. provenance: of the run; None describes this process.
     Raises InvalidValue for what cannot be exported, InvalidState when the parity seal fails or the disk is full.
     """
     from transformers import PreTrainedModel
@@ -112,7 +123,7 @@ def write(
         dtype=dtype,
         files={},
         couplings=_couplings(spec, model.get_output_embeddings().weight.shape[0]),
-        provenance=provenance or process_provenance(spec),
+        provenance=_completed(provenance or _provenance(collect(None)), spec),
         metrics=spec.metrics,
     )
     _refuse_broken_weights(model)
@@ -188,18 +199,13 @@ def seal_tokens(vocab_size: int, max_length: int) -> Tensor:
     return (uniform(0, rows, positions, 0) * vocab_size).long()
 
 
-def process_provenance(spec: ExportSpec) -> Provenance:
-    """Provenance of an export that a running training process makes of its own module."""
-    return _provenance(collect(spec.seed), spec)
-
-
-def run_provenance(run: Path, spec: ExportSpec) -> Provenance:
+def run_provenance(run: Path) -> Provenance:
     """Provenance of a run by its own provenance.json; of this process where the run has none."""
     path = run / runs.PROVENANCE
-    return _provenance(checkpoint.read_json(path), spec) if path.is_file() else process_provenance(spec)
+    return _provenance(checkpoint.read_json(path) if path.is_file() else collect(None))
 
 
-def _provenance(known: dict[str, Any], spec: ExportSpec) -> Provenance:
+def _provenance(known: Mapping[str, Any]) -> Provenance:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return Provenance(
         command=known["command"],
@@ -208,11 +214,15 @@ def _provenance(known: dict[str, Any], spec: ExportSpec) -> Provenance:
         versions=known["versions"],
         git_commit=known["git_commit"],
         dirty=known["dirty"],
-        seed=known["seed"] if spec.seed is None else spec.seed,
-        steps=spec.steps,
-        data_fingerprint=spec.data_fingerprint,
+        seed=known["seed"],
         wall_seconds=known.get("wall_seconds"),
     )
+
+
+def _completed(provenance: Provenance, spec: ExportSpec) -> Provenance:
+    """With what only the exported part knows."""
+    seed = provenance.seed if spec.seed is None else spec.seed
+    return replace(provenance, seed=seed, steps=spec.steps, data_fingerprint=spec.data_fingerprint)
 
 
 def _couplings(spec: ExportSpec, head_size: int) -> Couplings:
@@ -373,7 +383,7 @@ def _parser() -> CommandParser:
     made.add_argument(
         "--checkpoint", metavar="best|last|PATH", help="which weights (default: best, or last where nothing validated)"
     )
-    made.add_argument("--draft", metavar="KEY", help="which draft, in a run that trained several")
+    made.add_argument("--draft", metavar="KEY", help="one draft of a run that trained several (default: all)")
     made.add_argument("--dtype", choices=tuple(DTYPES), help="of the stored weights (default: as trained)")
     made.add_argument("--kind", choices=tuple(manifests.KINDS), help="default: what the run's module says")
     made.add_argument("--target", metavar="DIR", help="kind drafter: the target that it was trained for")
@@ -385,7 +395,7 @@ def main(argv: list[str]) -> int:
     from draftsmith.inference.commands.show import summary
 
     given = _parser().parse_args(argv)
-    manifest = export_run(
+    written = export_run(
         given.run,
         given.out,
         which=given.checkpoint,
@@ -395,5 +405,5 @@ def main(argv: list[str]) -> int:
         target=given.target,
         overwrite=given.overwrite,
     )
-    print(summary(given.out, manifest))
+    print("\n\n".join(summary(path, manifest) for path, manifest in written.items()))
     return 0
