@@ -7,13 +7,16 @@ that trains (the DraftSwap callback binds them).
 import hashlib
 import importlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
+from torch.utils.data import DataLoader
 
+from draftsmith.data.batches import PADDING, TokenBatch
 from draftsmith.data.corpus import CorpusConfig, Document, load_corpus
 from draftsmith.data.online_buffer import BufferSettings
 from draftsmith.data.online_stream import Endless, OnlineStream, Requests, RequestSource, ServeSettings
@@ -32,12 +35,12 @@ ORDERS = ("given", "shuffled", "by_tag")
 
 @dataclass(frozen=True)
 class TrafficConfig:
-    """Where requests come from: exactly one of prompts, logs, factory and corpus."""
+    """Where requests come from: at most one of prompts, logs and factory; without them, the corpus."""
 
     prompts: tuple[str, ...] = ()  # JSONL files: {"prompt": text} or {"prompt_ids": [...]}, optionally "tag"
     logs: tuple[str, ...] = ()  # JSONL files as OpenAI-style servers write them, with prompt and answer
     factory: str = ""  # "package.module:function": function(start, tokenizer) gives an iterator of TokenRequests
-    corpus: CorpusConfig | None = None  # the first `prompt_length` tokens of each document
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)  # the first `prompt_length` tokens of each document
     prompt_length: int = 32
     max_new_tokens: int = 128
     order: str = "given"  # of prompts and corpus: "given", "shuffled", or "by_tag" (one domain after the other)
@@ -46,11 +49,9 @@ class TrafficConfig:
     seed: int = 0  # of the shuffling
 
     def __post_init__(self) -> None:
-        given = [n for n in ("prompts", "logs", "factory", "corpus") if getattr(self, n)]
-        if len(given) != 1:
-            raise InvalidValue(
-                f"traffic wants exactly one of prompts, logs, factory and corpus, got {', '.join(given) or 'none'}"
-            )
+        given = [n for n in ("prompts", "logs", "factory") if getattr(self, n)]
+        if len(given) > 1:
+            raise InvalidValue(f"traffic comes from one of prompts, logs and factory, got {' and '.join(given)}")
         if self.order not in ORDERS:
             raise unknown_choice("traffic.order", self.order, ORDERS)
         for name in ("prompt_length", "max_new_tokens"):
@@ -194,11 +195,11 @@ class OnlineDataModule(LightningDataModule):
             make = _import(traffic.factory)
             tokenizer = target.tokenizer
             return Endless(lambda start: make(start, tokenizer))
-        if traffic.corpus is not None:
-            corpus = load_corpus(traffic.corpus)
-            self._val = [*self._val, *self._from_documents(corpus.val)][: traffic.val_requests]
-            return Requests(self._ordered(self._from_documents(corpus.train)))
-        return Requests(self._ordered(self._from_files(traffic.prompts)))
+        if traffic.prompts:
+            return Requests(self._ordered(self._from_files(traffic.prompts)))
+        corpus = load_corpus(traffic.corpus)
+        self._val = [*self._val, *self._from_documents(corpus.val)][: traffic.val_requests]
+        return Requests(self._ordered(self._from_documents(corpus.train)))
 
     def _from_files(self, paths: Sequence[str]) -> list[TokenRequest]:
         lines = [line for path in paths for line in read_prompts(path)]
@@ -277,6 +278,18 @@ class OnlineDataModule(LightningDataModule):
             self.stream.load_state_dict(self._resume)
             self._resume = None
         return self.stream
+
+    def val_dataloader(self) -> DataLoader[TokenBatch] | list[TokenBatch]:
+        """The validation prompts as one batch without labels: enough for the trainer to hold a validation."""
+        if not self._val:
+            return []
+        ids = torch.zeros(len(self._val), max(len(r.prompt) for r in self._val), dtype=torch.int64)
+        document = torch.full(ids.shape, PADDING, dtype=torch.int32)
+        for row, request in enumerate(self._val):
+            ids[row, : len(request.prompt)] = torch.tensor(request.prompt)
+            document[row, : len(request.prompt)] = 0
+        batch = TokenBatch(ids, torch.zeros(ids.shape, dtype=torch.int8), document, torch.arange(len(ids)))
+        return DataLoader([batch], batch_size=None)  # type: ignore[arg-type]  # any sequence is a map-style data set
 
 
 def _import(name: str) -> Callable[[int, Any], Iterator[TokenRequest]]:

@@ -30,6 +30,7 @@ from draftsmith.data.batches import OnlineBatch
 from draftsmith.data.online_buffer import BufferSettings, OnlineBuffer, collate, load_state, pack, save_state, unpack
 from draftsmith.data.request_logs import LoggedRequest, score
 from draftsmith.data.router import DraftRouter
+from draftsmith.data.served_log import Served
 from draftsmith.inference import registry
 from draftsmith.inference.engine import Engine
 from draftsmith.inference.errors import InvalidState, InvalidValue
@@ -89,7 +90,8 @@ class ServeSettings:
     steps: int = 1  # S: gradient steps per update
     limit: int | None = None  # stop after this many requests (an endless source needs it, or the trainer's max_steps)
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    decoder: dict[str, Any] = field(default_factory=dict)  # settings of the registry's "speculative" decoder
+    # settings of the registry's "speculative" decoder; its fall-back is off, since a clock would make runs unrepeatable
+    decoder: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.in_flight < 1:
@@ -98,20 +100,6 @@ class ServeSettings:
             raise InvalidValue(f"steps (gradient steps per update) must be at least 1, got {self.steps}")
         if self.limit is not None and self.limit < 1:
             raise InvalidValue(f"limit counts requests and must be at least 1 (or null), got {self.limit}")
-
-
-@dataclass(frozen=True)
-class Served:
-    """What serving one request measured; holds no text."""
-
-    number: int
-    tag: str
-    draft: int
-    version: int  # of the draft
-    alpha: float  # NaN when nothing was examined
-    examined: int
-    tokens: int
-    rounds: RoundStats  # of this request alone (row 0); empty for logged requests
 
 
 @dataclass
@@ -168,14 +156,21 @@ class OnlineStream(IterableDataset[OnlineBatch]):
         self._loaded: dict[str, Any] | None = None
         self._target: Engine | None = None
         self._drafts: Sequence[ServedDraft] = ()
-        self._reduce: Callable[[Tensor], Tensor] = lambda x: x
+        self.reduce: Callable[[Tensor], Tensor] = lambda x: x  # sums over all ranks
         self._decoders: dict[int, Decoder] = {}
 
     def bind(
-        self, target: Engine, drafts: Sequence[ServedDraft], *, reduce: Callable[[Tensor], Tensor] | None = None
+        self,
+        target: Engine,
+        drafts: Sequence[ServedDraft],
+        *,
+        reduce: Callable[[Tensor], Tensor] | None = None,
+        vocab_size: int | None = None,
     ) -> None:
-        """Set the engines. reduce: sums a tensor over all ranks; needed when there are several.
+        """Set the engines.
 
+        Args: reduce: sums a tensor over all ranks; needed when there are several. vocab_size: ids that all heads share,
+        where they are padded differently.
         Raises InvalidValue when the number of drafts differs from the one announced.
         """
         if len(drafts) != len(self.buffers):
@@ -183,20 +178,21 @@ class OnlineStream(IterableDataset[OnlineBatch]):
         if reduce is None and self.world_size > 1:
             raise InvalidValue(f"{self.world_size} ranks must agree on updates: bind the stream with a reduce function")
         self._target, self._drafts = target, drafts
-        self._reduce = reduce or (lambda x: x)
+        self.reduce = reduce or (lambda x: x)
         self._decoders = {}
         for draft in drafts:
             for engine in (draft.active, draft.spare):
-                self._decoders[id(engine)] = self._decoder(engine)
+                self._decoders[id(engine)] = self._decoder(engine, vocab_size)
 
-    def _decoder(self, draft: Engine) -> Decoder:
+    def _decoder(self, draft: Engine, vocab_size: int | None) -> Decoder:
         decoder: Decoder = registry.build(
             "speculative",
             {"target": self._target, "draft": draft},
             sampling=self.serve.sampling,
-            settings=self.serve.decoder,
+            settings={"fallback": "never", **self.serve.decoder},
             seed=self.seed,
             recorder=self.recorder,
+            vocab_size=vocab_size,
         )
         return decoder
 
@@ -260,14 +256,14 @@ class OnlineStream(IterableDataset[OnlineBatch]):
     def _waiting(self) -> int:
         """Records in the buffers of all ranks, and of an unfinished update."""
         own = sum(map(len, self.buffers)) + (len(self._current.records) if self._current else 0)
-        return int(self._reduce(torch.tensor(own)).item())
+        return int(self.reduce(torch.tensor(own)).item())
 
     def _next_draft(self) -> int | None:
         """The first draft whose buffers, over all ranks, are due; None when none is."""
         local = torch.tensor(
             [[len(buffer), int(buffer.overdue(self.served))] for buffer in self.buffers], dtype=torch.int64
         )
-        counts = self._reduce(local).tolist()
+        counts = self.reduce(local).tolist()
         for draft, (waiting, overdue) in enumerate(counts):
             if waiting >= self.buffers[draft].settings.interval or (waiting and (overdue or self._resting)):
                 return draft
@@ -370,7 +366,7 @@ class OnlineStream(IterableDataset[OnlineBatch]):
             return state
         state["waiting"] = self._waiting()
         for buffer in buffers:
-            sums = self._reduce(torch.tensor(list(buffer["counts"].values())))
+            sums = self.reduce(torch.tensor(list(buffer["counts"].values())))
             buffer["counts"] = dict(zip(buffer["counts"], sums.tolist(), strict=True))
         return state | {"buffers": buffers}
 

@@ -124,16 +124,14 @@ class DraftRouter:
         known = ", ".join(self.keys)
         return UnknownKey(f"key {key!r} {how} has no draft: known keys are {known}; add a draft or set a fallback")
 
-    def save(self, folder: Path) -> None:
-        """Write router.json (and the centroids) into the folder that holds one draft folder per key.
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that `write_router` writes: plain values, and the centroids as a tensor.
 
         Raises InvalidValue for a function that has no importable name.
         """
         state: dict[str, Any] = {"schema": 1, "keys": self.keys, "fallback": self.fallback}
         if isinstance(self.key_of, Centroids):
-            state["by"] = "centroid"
-            save_file({"centroids": self.key_of.centroids.contiguous()}, folder / CENTROID_FILE)
-            state["centroid_keys"] = self.key_of.keys
+            state |= {"by": "centroid", "centroid_keys": self.key_of.keys, "centroids": self.key_of.centroids}
         elif isinstance(self.key_of, TextFunction):
             if not self.key_of.name:
                 raise InvalidValue("a router function without a name cannot be exported: give it as 'module:function'")
@@ -142,9 +140,11 @@ class DraftRouter:
             state["by"] = "tag"
         else:
             raise InvalidValue("only routers by tag, function or centroid can be exported; got a custom callable")
-        unfinished = folder / (ROUTER_FILE + ".tmp")
-        unfinished.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        os.replace(unfinished, folder / ROUTER_FILE)
+        return state
+
+    def save(self, folder: Path) -> None:
+        """Write router.json (and the centroids) into the folder that holds one draft folder per key."""
+        write_router(self.state_dict(), folder)
 
     @staticmethod
     def load(folder: Path, *, tokenizer: TextDecoder | None = None, table: Tensor | None = None) -> "DraftRouter":
@@ -171,6 +171,17 @@ class DraftRouter:
         if table is None:
             raise InvalidValue(f"the router {path} compares embeddings: load it with the target's embedding rows")
         return DraftRouter(keys, Centroids(state["centroid_keys"], stored, table), fallback=fallback)
+
+
+def write_router(state: Mapping[str, Any], folder: Path) -> None:
+    """Write a router's `state_dict`: router.json, and the centroids beside it."""
+    plain = dict(state)
+    centroids = plain.pop("centroids", None)
+    if centroids is not None:
+        save_file({"centroids": centroids.contiguous()}, folder / CENTROID_FILE)
+    unfinished = folder / (ROUTER_FILE + ".tmp")
+    unfinished.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+    os.replace(unfinished, folder / ROUTER_FILE)
 
 
 def _import(name: str) -> Callable[[str], str]:

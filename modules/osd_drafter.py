@@ -295,7 +295,8 @@ class OSDDrafter(pl.LightningModule):
         sums = torch.stack([out.total.detach().double(), out.weight.double(), out.stats.alpha.double().sum()])
         total, count, alpha = cast(Tensor, self.trainer.strategy.reduce(sums, reduce_op="sum"))
         count = count.clamp_min(1)
-        self._skip = not self._finite(total)
+        # gradients may be accumulated: one bad batch spoils the whole step
+        self._skip = not self._finite(total) or self._skip
         self.log("train/loss", (total / count).float(), prog_bar=True, batch_size=size)
         if self.loss_name != "ce":
             self.log("train/alpha", (alpha / count).float(), prog_bar=True, batch_size=size)
@@ -311,6 +312,7 @@ class OSDDrafter(pl.LightningModule):
             ):  # AdamW leaves parameters without a gradient, and their moments, alone
                 for p in net.parameters():
                     p.grad = None
+        self._skip = False
 
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
         if self.teacher is not None:
