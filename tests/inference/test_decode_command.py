@@ -223,6 +223,10 @@ class TestRefused:
             (("--prompt", "x", "--set", "colour=1"), "'colour'"),
             (("--prompt", "x", "--decoder", "prompt_lookup", "--set", "draft_length=five"), "draft_length"),
             (("--prompt", "x", "--decoder", "prompt_lookup", "--set", "draft_length=2.5"), "draft_length"),
+            (
+                ("--prompt", "x", "--decoder", "prompt_lookup", "--set", "draft_length=0"),
+                "draft_length must be at least 1",
+            ),
             (("--prompt", "x", "--device", "warp"), "device 'warp' cannot be used here"),
             (("--prompt", "x", "--decoder", "speculative"), "needs a draft: add --draft DIR"),
             (("--prompt", "x", "--dtype", "int4"), "invalid choice: 'int4'"),

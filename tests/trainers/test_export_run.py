@@ -1,5 +1,6 @@
 """`draftsmith export RUN OUT`: from a real run's own config and checkpoint to a directory that decodes."""
 
+import errno
 import json
 import os
 import random
@@ -149,6 +150,16 @@ class TestRefused:
     ) -> None:
         assert "is not empty" in fails(capsys, run, exported)
         assert load(exported).kind == "lm"
+
+    def test_a_full_disk(
+        self, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(shutil, "copyfile", full)
+        assert "the disk is full" in fails(capsys, run, tmp_path / "out")
+        assert list(tmp_path.iterdir()) == []
 
     def test_checkpoints(self, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         out = tmp_path / "out"
