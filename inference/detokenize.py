@@ -22,6 +22,11 @@ class TextStream:
         self._held = ""
         self._stopped = False
 
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has been completed."""
+        return self._stopped
+
     def push(self, token: int) -> str:
         """The text that this token makes certain; empty when none does, and after a stop string."""
         self._tokens.append(token)

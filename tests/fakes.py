@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from draftsmith.inference.cache import StaticCache
-from draftsmith.inference.engine import EngineSpec
+from draftsmith.inference.engine import Engine, EngineSpec
 from draftsmith.inference.errors import InvalidType
+from draftsmith.inference.requests import TokenRequest
+from draftsmith.inference.sampling import PenaltyState, SamplingParams, law
 
 
 @dataclass
@@ -142,6 +144,19 @@ def chi_square(counts: Tensor, probs: Tensor, *, level: float = 0.001, power: fl
     )
 
 
+def pool(tests: Sequence[ChiSquare], total: int, *, level: float = 0.001, power: float = 0.9) -> ChiSquare:
+    """Independent tests of equally many rows each as one, `total` rows together.
+
+    detectable_tv is about the mean total variation over the tests: by Jensen total (2 mean TV)^2 bounds the sum of the
+    noncentralities from below.
+    """
+    statistic, dof = sum(t.statistic for t in tests), sum(t.dof for t in tests)
+    if dof == 0 or math.isinf(statistic):
+        return ChiSquare(statistic, dof, 0.0 if math.isinf(statistic) else 1.0, 1.0)
+    tv = 0.5 * math.sqrt(_noncentrality(dof, level, power) / total)
+    return ChiSquare(statistic, dof, _chi2_sf(statistic, dof), tv)
+
+
 def _chi2_sf(x: float, dof: float) -> float:
     return float(torch.special.gammaincc(torch.tensor(dof / 2, dtype=torch.float64), torch.tensor(x / 2).double()))
 
@@ -165,3 +180,58 @@ def _noncentrality(dof: int, level: float, power: float) -> float:
         mid = (low + high) / 2
         low, high = (mid, high) if _noncentral_sf(critical, dof, mid) < power else (low, mid)
     return high
+
+
+@dataclass(frozen=True)
+class StringLaw:
+    """The law of the first `length` output tokens of a target, by enumeration; strings end early at a stop id."""
+
+    strings: list[tuple[int, ...]]
+    probs: Tensor  # float64 [len(strings)]
+
+    def test(self, outputs: Sequence[Sequence[int]], length: int) -> ChiSquare:
+        """Chi-square of decoded outputs, each cut to `length` tokens."""
+        index = {s: i for i, s in enumerate(self.strings)}
+        cells = [index.get(tuple(o[:length]), len(self.strings)) for o in outputs]  # the last cell is impossible
+        counts = torch.tensor(cells).bincount(minlength=len(self.strings) + 1)
+        return chi_square(counts, torch.cat([self.probs, torch.zeros(1, dtype=torch.float64)]))
+
+
+def string_law(
+    engine: Engine, prompt: Sequence[int], length: int, params: SamplingParams, stop_ids: Sequence[int] = ()
+) -> StringLaw:
+    """Enumerate every continuation of `prompt` up to `length` tokens by full forward passes without a cache."""
+    vocab = engine.spec.vocab_size
+    live, weights = [()], torch.ones(1, dtype=torch.float64)
+    done: list[tuple[int, ...]] = []
+    done_weights: list[float] = []
+    for _ in range(length):
+        tokens = torch.tensor([[*prompt, *s] for s in live])
+        hidden, _ = engine.forward(tokens)
+        state = PenaltyState([prompt] * len(live), vocab, "cpu")
+        state.add(live)
+        p = law(engine.head(hidden[:, -1:]), params, state.counts() if params.has_penalties else None)[:, 0]
+        joint = weights.unsqueeze(1) * p.double()
+        strings, kept = [], []
+        for s, row in zip(live, joint.tolist(), strict=True):
+            for v, w in enumerate(row):
+                if w == 0.0:
+                    continue
+                if v in stop_ids:
+                    done.append((*s, v))
+                    done_weights.append(w)
+                else:
+                    strings.append((*s, v))
+                    kept.append(w)
+        live, weights = strings, torch.tensor(kept, dtype=torch.float64)
+    return StringLaw([*live, *done], torch.cat([weights, torch.tensor(done_weights, dtype=torch.float64)]))
+
+
+def requests_for(
+    prompts: Sequence[Sequence[int]], rows: int, max_new_tokens: int, stop_ids: Sequence[int] = (), first_row: int = 0
+) -> list[TokenRequest]:
+    """`rows` requests over the prompts in turn, each with its own row_id."""
+    return [
+        TokenRequest(list(prompts[i % len(prompts)]), max_new_tokens, first_row + i, tuple(stop_ids))
+        for i in range(rows)
+    ]

@@ -42,7 +42,7 @@ def hf_law(logits: Tensor, ids: Tensor, settings: dict[str, float]) -> Tensor:
 
 @pytest.mark.filterwarnings("ignore:Passing `repetition_penalty`")  # they are told the prompt by `ids`
 @pytest.mark.parametrize("settings", SETTINGS, ids=names)
-@pytest.mark.parametrize("vocab", [50, 1000])
+@pytest.mark.parametrize("vocab", [50, 1500])
 def test_law_equals_transformers_processors(settings: dict[str, float], vocab: int) -> None:
     prompts, g = [[3, 7, 3], [1, 2, 4, 8, 16]], 4
     logits = torch.randn(2, g + 1, vocab) * 3
@@ -131,24 +131,26 @@ def test_masked_tokens_stay_impossible() -> None:
         assert float(p[..., 3:].sum()) == 0 and torch.isclose(p.sum(), torch.tensor(1.0))
 
 
-def sorted_nucleus(p: Tensor, top_p: float) -> Tensor:
-    """Reference by sorting: a token stays iff the tokens more likely than it hold less than top_p."""
+def defined_nucleus(p: Tensor, top_p: float) -> Tensor:
+    """The definition, pair by pair: a token stays iff the tokens more likely than it hold less than top_p."""
     above = torch.stack([p[p > value].double().sum() for value in p])
     return above < top_p
 
 
 @pytest.mark.parametrize("top_p", [1e-9, 0.1, 0.5, 0.8, 0.95, 0.999999])
 @pytest.mark.parametrize("scale", [0.0, 0.5, 3.0, 30.0])
-def test_nucleus_equals_sorting(top_p: float, scale: float) -> None:
+@pytest.mark.parametrize("vocab", [300, 1500], ids=["sorted", "radix"])
+def test_nucleus_equals_its_definition(top_p: float, scale: float, vocab: int) -> None:
     for _ in range(5):
-        p = (torch.randn(300) * scale).softmax(-1)
-        assert torch.equal(nucleus(p[None], top_p)[0], sorted_nucleus(p, top_p))
+        p = (torch.randn(vocab) * scale).softmax(-1)
+        assert torch.equal(nucleus(p[None], top_p)[0], defined_nucleus(p, top_p))
 
 
-def test_nucleus_keeps_a_whole_tie_group() -> None:
-    p = torch.tensor([0.4, 0.2, 0.2, 0.2])
-    assert nucleus(p, 0.5).tolist() == [True, True, True, True]
-    assert nucleus(p, 0.3).tolist() == [True, False, False, False]
+@pytest.mark.parametrize("padding", [0, 2000], ids=["sorted", "radix"])
+def test_nucleus_keeps_a_whole_tie_group(padding: int) -> None:
+    p = torch.tensor([0.4, 0.2, 0.2, 0.2, *[0.0] * padding])
+    assert nucleus(p, 0.5)[:4].tolist() == [True, True, True, True] and int(nucleus(p, 0.5).sum()) == 4
+    assert nucleus(p, 0.3)[:4].tolist() == [True, False, False, False]
 
 
 def test_top_k_keeps_ties_like_transformers() -> None:
