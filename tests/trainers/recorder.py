@@ -1,0 +1,28 @@
+"""A callback for runs in other processes: which samples each step saw, on each rank. Named in a config overlay."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+
+class SampleRecorder(pl.Callback):
+    """Appends {"step", "rank", "samples", "random"} to `path` when a step begins; `delay` gives time to kill it."""
+
+    def __init__(self, path: str, delay: float = 0.0) -> None:
+        self.path = Path(path)
+        self.delay = delay
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        line = {
+            "step": trainer.global_step,
+            "rank": trainer.global_rank,
+            "samples": batch.sample_id.tolist(),
+            "random": torch.rand(()).item(),  # what dropout would draw
+        }
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        time.sleep(self.delay)

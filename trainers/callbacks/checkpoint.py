@@ -1,0 +1,212 @@
+"""Checkpoints that resume exactly: by steps, best by a metric, at a signal, and with every generator's state."""
+
+import random
+import signal
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from draftsmith.inference.errors import InvalidValue, unknown_choice
+from draftsmith.trainers.runs import BEST_NAME, STEP_NAME
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is saved under `checkpoints/`, and when. The end of a run and SIGTERM or Ctrl-C always save."""
+
+    every_n_steps: int = 500  # a crash costs at most these many steps; each save costs three times the weights' bytes
+    keep: int = 2  # newest step checkpoints that stay; more than one, so that a torn one is no disaster
+    monitor: str | None = "val/loss"  # the best by this metric is kept as weights; null: none is
+    mode: str = "min"
+
+    def __post_init__(self) -> None:
+        if self.every_n_steps < 1 or self.keep < 1:
+            given = f"{self.every_n_steps} and {self.keep}"
+            raise InvalidValue(f"checkpoint.every_n_steps and checkpoint.keep must be at least 1, got {given}")
+        if self.mode not in ("min", "max"):
+            raise unknown_choice("checkpoint.mode", self.mode, ("min", "max"))
+
+
+class StepCheckpoint(ModelCheckpoint):
+    """Everything that resuming needs, every n steps and after the last one; the newest `keep` stay."""
+
+    def __init__(self, directory: Path, config: CheckpointConfig) -> None:
+        super().__init__(
+            dirpath=directory,
+            filename=STEP_NAME,
+            auto_insert_metric_name=False,
+            monitor="step",  # the newest are the best
+            mode="max",
+            save_top_k=config.keep,
+            every_n_train_steps=config.every_n_steps,
+            save_on_train_epoch_end=False,
+            enable_version_counter=False,
+        )
+        self._step_before = -1
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        self._step_before = trainer.global_step
+
+    def stepped(self, trainer: pl.Trainer) -> bool:
+        """Whether the running batch made an optimizer step (with gradient accumulation most do not)."""
+        return bool(trainer.global_step != self._step_before)
+
+    def save_now(self, trainer: pl.Trainer) -> None:
+        """Save this step unless it is saved already. Every rank must call it."""
+        if trainer.global_step > 0 and self._last_global_step_saved != trainer.global_step:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        # Always here, right after the step. Lightning's own hook waits for a validation that is due first.
+        due = trainer.global_step % self._every_n_train_steps == 0
+        last = 0 < trainer.max_steps <= trainer.global_step
+        if self.stepped(trainer) and (due or last):
+            self.save_now(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.save_now(trainer)  # runs that end by epochs or time
+
+
+def best_checkpoint(directory: Path, config: CheckpointConfig) -> ModelCheckpoint | None:
+    """The weights of the best validation; None when nothing is monitored."""
+    if config.monitor is None:
+        return None
+    return ModelCheckpoint(
+        dirpath=directory,
+        filename=BEST_NAME,
+        auto_insert_metric_name=False,
+        monitor=config.monitor,
+        mode=config.mode,
+        save_top_k=1,
+        save_weights_only=True,
+        save_on_train_epoch_end=False,
+        enable_version_counter=False,
+    )
+
+
+class Stopped(BaseException):
+    """Training was stopped by a signal, after saving. Not an Exception: nothing but the command line may catch it."""
+
+    def __init__(self, signum: int, step: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}; the checkpoint is saved")
+        self.signum = signum
+        self.step = step
+
+
+class StopSignals(Callback):
+    """SIGTERM and Ctrl-C save at the end of the running step, on all ranks alike, and end the run (`Stopped`).
+
+    The handler only sets a flag: saving inside it would save half a step, and hang where collectives are in flight.
+    Ranks agree every `agree_every` steps. A second signal of either kind is not waited for.
+    """
+
+    def __init__(self, saver: StepCheckpoint, agree_every: int = 8) -> None:
+        self.saver = saver
+        self.agree_every = agree_every
+        self.received: int | None = None
+        self.stopping: Stopped | None = None
+        self._before: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                self._before[signum] = signal.signal(signum, self._note)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            self._restore()
+            signal.raise_signal(signum)
+        self.received = signum
+
+    def _restore(self) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+        self._before = {}
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self.saver.stepped(trainer):
+            return
+        stop = self.received is not None
+        if trainer.world_size > 1:
+            if trainer.global_step % self.agree_every:
+                return
+            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+        if stop:
+            self.saver.save_now(trainer)
+            self.stopping = Stopped(self.received or signal.SIGTERM, trainer.global_step)
+
+    # It ends at the next hook, so that the step just saved is still logged.
+    def on_train_batch_start(self, *args: Any) -> None:
+        self._end()
+
+    def on_validation_start(self, *args: Any) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        if self.stopping is not None:
+            raise self.stopping
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._restore()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._restore()
+
+
+class RandomStates(Callback):
+    """Keeps each rank's generators (torch, its device, numpy, random) in the checkpoint.
+
+    They are put back right before the first step, after everything else that may draw from them. With another number of
+    ranks they cannot be put back; the run then goes on from its seed.
+    """
+
+    def __init__(self) -> None:
+        self._loaded: list[dict[str, Any]] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"ranks": _gather(_random_state())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loaded = state_dict["ranks"]
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        if self._loaded is not None and len(self._loaded) == trainer.world_size:
+            _set_random_state(self._loaded[trainer.global_rank])
+        self._loaded = None
+
+
+def _gather(own: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every rank's, in order of rank (a collective call where there are several)."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [own]
+    states: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(states, own)
+    return states
+
+
+def _random_state() -> dict[str, Any]:
+    name, keys, *rest = np.random.get_state()
+    return {  # plain types and tensors only: checkpoints are read with weights_only=True
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+        "python": random.getstate(),
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
+    random.setstate(state["python"])

@@ -1,0 +1,265 @@
+"""What `draftsmith fit`, `validate` and `test` do: LightningCLI on a run folder, and resume."""
+
+import json
+import logging
+import os
+import sys
+import warnings
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import yaml  # type: ignore[import-untyped]  # its stubs are not among our development tools
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from draftsmith.inference.errors import InvalidState, InvalidValue
+from draftsmith.trainers import runs
+from draftsmith.trainers.callbacks.checkpoint import (
+    CheckpointConfig,
+    RandomStates,
+    StepCheckpoint,
+    Stopped,
+    StopSignals,
+    best_checkpoint,
+)
+from draftsmith.trainers.callbacks.progress import progress
+from draftsmith.trainers.callbacks.throughput import Throughput
+from draftsmith.trainers.one_line import one_line
+from draftsmith.trainers.provenance import Session
+from draftsmith.trainers.strategies import global_rank, shut_down
+
+if TYPE_CHECKING:
+    from draftsmith.trainers.cli import Given
+
+# With plain "omegaconf", ${model.dim} would be resolved per file, before the command line overrides model.dim.
+_PARSER = {"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": False}
+
+
+class KeepConfig(SaveConfigCallback):
+    """Writes the resolved config into the run folder (Lightning's own goes to the logger's), and the tokenizer."""
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        run = Path(trainer.default_root_dir)
+        self.parser.save(self.config, str(run / runs.CONFIG), skip_none=False, overwrite=True, multifile=False)
+        directory = getattr(trainer.datamodule, "tokenizer_dir", None)
+        if directory is not None:
+            runs.keep_tokenizer(run, Path(directory))
+
+
+class TrainingCLI(LightningCLI):
+    """LightningCLI without subcommands: it parses config and overrides; the run folder is chosen outside."""
+
+    def __init__(self, given: "Given", run: Path | None) -> None:
+        self.given, self.run = given, run
+        self.resumed: Path | None = None
+        args = [word for config in given.configs for word in ("--config", str(config))] + given.rest
+        super().__init__(
+            save_config_callback=KeepConfig if given.verb == "fit" else None,
+            save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
+            trainer_defaults={"use_distributed_sampler": False},  # our loaders know their rank
+            seed_everything_default=0,
+            parser_kwargs=_PARSER,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,  # modules save their own, plain hyper-parameters
+            run=False,
+            args=args,
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_class_arguments(CheckpointConfig, "checkpoint")
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        asked = self.config_init.trainer
+        callbacks: list[Callback] = [*(asked.callbacks or [])]
+        forced: dict[str, Any] = {"callbacks": callbacks, "enable_model_summary": False}
+        if asked.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(progress())
+        if self.given.verb != "fit":
+            forced |= {"logger": False, "enable_checkpointing": False}
+            forced |= {"devices": 1, "num_nodes": 1, "strategy": "auto"}  # only fit starts several processes
+        elif not asked.fast_dev_run:
+            forced["default_root_dir"] = str(self.run)
+            if asked.logger in (None, True):
+                forced["logger"] = self._tensorboard()
+            callbacks.insert(0, RandomStates())  # before any other callback draws
+            callbacks += self._fit_callbacks(
+                saves=asked.enable_checkpointing is not False, logs=asked.logger is not False
+            )
+        return super().instantiate_trainer(**forced, **kwargs)
+
+    def _tensorboard(self) -> TensorBoardLogger:
+        # events after the resumed step belong to a continuation that died: TensorBoard drops them
+        step = None if self.resumed is None else runs.step_of(self.resumed)
+        return TensorBoardLogger(str(self.run), name="tb", version="", purge_step=step)
+
+    def _fit_callbacks(self, saves: bool, logs: bool) -> list[Callback]:
+        assert self.run is not None
+        made: list[Callback] = [Throughput()]
+        if logs:
+            made.append(LearningRateMonitor(logging_interval="step"))
+        if saves:
+            config: CheckpointConfig = self.config_init.checkpoint
+            directory = self.run.absolute() / runs.CHECKPOINTS
+            best, steps = best_checkpoint(directory, config), StepCheckpoint(directory, config)
+            made += [StopSignals(steps), steps, *([best] if best is not None else [])]
+        return made
+
+
+def build_module(config: Path) -> pl.LightningModule:
+    """The module of a config.yaml. Raises InvalidValue for a file that cannot be read or describes none."""
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(config), resolve=True)
+    except OSError as e:
+        raise InvalidValue(f"cannot read {config}: {e}") from e
+    except (yaml.YAMLError, OmegaConfBaseException) as e:
+        raise InvalidValue(f"{config} is not a config: {' '.join(str(e).split())}") from e
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise InvalidValue(f"{config} has no model: part")
+    with one_line():
+        parser = LightningArgumentParser(exit_on_error=False)
+        parser.add_lightning_class_args(pl.LightningModule, "model", subclass_mode=True)
+        module: pl.LightningModule = parser.instantiate_classes(parser.parse_object({"model": content["model"]})).model
+    return module
+
+
+class FitCLI(TrainingCLI):
+    """Parses first; then, before anything is built, takes the run folder and finds where to resume."""
+
+    def __init__(self, given: "Given", run: Path, stack: ExitStack) -> None:
+        self.stack = stack
+        super().__init__(given, run)
+
+    def before_instantiate_classes(self) -> None:
+        assert self.run is not None
+        if global_rank() == 0:
+            self.stack.enter_context(runs.RunLock(self.run))
+        self.resumed = _resume_point(self.given, self.run)
+
+
+def fit(given: "Given") -> int:
+    """Train in a run folder; see the help page of `draftsmith fit`."""
+    quiet()
+    first = global_rank() == 0
+    run = runs.folder(given.run, given.name)
+    if not given.configs:
+        if given.run is None:
+            raise InvalidValue("nothing to train: give -c CONFIG (see 'draftsmith fit --help'), or --run ID to resume")
+        given.configs.append(runs.existing(given.run) / runs.CONFIG)
+    with ExitStack() as stack, one_line():
+        cli = FitCLI(given, run, stack)
+        ckpt = None if cli.resumed is None else str(cli.resumed)
+        if first:
+            os.environ[runs.FOLDER_VARIABLE] = str(run)  # for the ranks that the trainer launches
+            stack.callback(os.environ.pop, runs.FOLDER_VARIABLE, None)
+            session = Session(run, cli.config.seed_everything, ckpt)
+            _say(f"{run} {'starts' if cli.resumed is None else f'resumes {cli.resumed.name}'}")
+        status = "failed"
+        try:
+            cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=ckpt)
+            status = "finished"
+        except Stopped as stop:
+            status = "stopped"
+            if not first:
+                return 0  # the launcher would take another code for a crash and kill rank 0
+            _say(f"{stop}; to go on: draftsmith fit --run {given.run or run}")
+            return 128 + stop.signum
+        finally:
+            metrics = {k: float(v) for k, v in cli.trainer.callback_metrics.items()}
+            if first:
+                session.end(status, cli.trainer.global_step, metrics=metrics)
+            shut_down()
+        if first:
+            _report(run, cli.trainer.global_step, metrics)
+    return 0
+
+
+def _resume_point(given: "Given", run: Path) -> Path | None:
+    """The checkpoint to start from: the one asked for, else the run's newest whole one, else none."""
+    if given.ckpt_path is None:
+        with warnings.catch_warnings():
+            if global_rank() != 0:  # one rank warns for all
+                warnings.simplefilter("ignore", runs.TornCheckpoint)
+            return runs.newest_checkpoint(run)
+    path = runs.checkpoint(run, given.ckpt_path) if given.ckpt_path in ("best", "last") else Path(given.ckpt_path)
+    if not path.is_file():
+        raise InvalidValue(f"no checkpoint file {str(path)!r}")
+    lack = runs.missing_part(path)
+    if lack is not None:
+        raise InvalidValue(f"cannot resume from {path}: {lack}")
+    return path
+
+
+def evaluate(given: "Given") -> int:
+    """Validate or test one checkpoint in one process; see the help page of `draftsmith validate`."""
+    quiet()
+    run = None if given.run is None else runs.existing(given.run)
+    if not given.configs:
+        if run is None:
+            raise InvalidValue(
+                f"nothing to {given.verb}: give --run ID or -c CONFIG (see 'draftsmith {given.verb} --help')"
+            )
+        given.configs.append(run / runs.CONFIG)
+    ckpt = _evaluated(given, run)
+    with one_line():
+        cli = TrainingCLI(given, run)
+        check = cli.trainer.validate if given.verb == "validate" else cli.trainer.test
+        path = None if ckpt is None else str(ckpt)
+        results = check(cli.model, datamodule=cli.datamodule, ckpt_path=path, verbose=False)
+    if not results or not results[0]:
+        raise InvalidState(f"the data of this config has nothing to {given.verb}")
+    figures = {"checkpoint": path, **results[0]}
+    if given.json:
+        print(json.dumps(figures))
+    else:
+        _table([(k, f"{v:.6g}" if isinstance(v, float) else str(v)) for k, v in figures.items()])
+    return 0
+
+
+def _evaluated(given: "Given", run: Path | None) -> Path | None:
+    """The checkpoint to evaluate; None: the weights that the config itself names."""
+    if given.ckpt_path in (None, "best", "last"):
+        if run is None:
+            if given.ckpt_path is None:
+                return None
+            raise InvalidValue(f"--ckpt_path {given.ckpt_path} needs --run ID")
+        which = given.ckpt_path or ("best" if any((run / runs.CHECKPOINTS).glob("best-*.ckpt")) else "last")
+        return runs.checkpoint(run, which)
+    path = Path(given.ckpt_path)
+    if not path.is_file():
+        raise InvalidValue(f"no checkpoint file {str(path)!r}")
+    lack = runs.missing_part(path, ("state_dict",))
+    if lack is not None:
+        raise InvalidValue(f"cannot evaluate {path}: {lack}")
+    return path
+
+
+def quiet() -> None:
+    """Keep what libraries say to their own developers off the user's screen; each filter names one message."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", r"Checkpoint directory .* exists and is not empty", module="lightning.*")
+    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", module="lightning.*")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _report(run: Path, step: int, metrics: dict[str, float]) -> None:
+    """What a finished run left, on stdout."""
+    shown = [(k, f"{v:.6g}") for k, v in sorted(metrics.items()) if k.startswith(("train/loss", "val/"))]
+    _table([("run", str(run)), ("steps", str(step)), *shown, ("next", f"draftsmith export {run} OUT")])
+
+
+def _table(rows: list[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in rows)
+    for name, text in rows:
+        print(f"{name:<{width}}  {text}")
