@@ -78,6 +78,17 @@ def module_from_config(config: Path) -> "pl.LightningModule":
     return build_module(config)
 
 
+def data_from_config(config: str | Path) -> "pl.LightningDataModule":
+    """The data module that a config (a file or a shipped name) describes: its `data:` part only, nothing prepared.
+
+    Raises InvalidValue for a file that is missing or describes none.
+    """
+    from draftsmith.trainers import shipped
+    from draftsmith.trainers.training import build_data
+
+    return build_data(shipped.resolve(str(config)))
+
+
 @dataclass
 class Given:
     """The command line, our own options taken out of it."""

@@ -115,19 +115,29 @@ class TrainingCLI(LightningCLI):
 
 def build_module(config: Path) -> pl.LightningModule:
     """The module of a config.yaml. Raises InvalidValue for a file that cannot be read or describes none."""
+    module: pl.LightningModule = _build_part(config, "model", pl.LightningModule)
+    return module
+
+
+def build_data(config: Path) -> pl.LightningDataModule:
+    """The data module of a config.yaml, nothing prepared yet. Raises InvalidValue as `build_module`."""
+    data: pl.LightningDataModule = _build_part(config, "data", pl.LightningDataModule)
+    return data
+
+
+def _build_part(config: Path, part: str, base: type) -> Any:
     try:
         content = OmegaConf.to_container(OmegaConf.load(config), resolve=True)
     except OSError as e:
         raise InvalidValue(f"cannot read {config}: {e}") from e
     except (yaml.YAMLError, OmegaConfBaseException) as e:
         raise InvalidValue(f"{config} is not a config: {' '.join(str(e).split())}") from e
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise InvalidValue(f"{config} has no model: part")
+    if not isinstance(content, dict) or not isinstance(content.get(part), dict):
+        raise InvalidValue(f"{config} has no {part}: part")
     with one_line():
         parser = LightningArgumentParser(exit_on_error=False)
-        parser.add_lightning_class_args(pl.LightningModule, "model", subclass_mode=True)
-        module: pl.LightningModule = parser.instantiate_classes(parser.parse_object({"model": content["model"]})).model
-    return module
+        parser.add_lightning_class_args(base, part, subclass_mode=True)
+        return parser.instantiate_classes(parser.parse_object({part: content[part]}))[part]
 
 
 class FitCLI(TrainingCLI):
