@@ -5,11 +5,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from draftsmith.inference import registry
 from draftsmith.inference.errors import InvalidState, InvalidValue
 from draftsmith.inference.laws import Record
+from draftsmith.inference.metrics import count
 from draftsmith.inference.recorder import LawRecorder, RecorderSettings
 from draftsmith.inference.requests import DecodeResult, RoundStats, RoundView, TokenRequest
+from draftsmith.inference.sampling import SamplingParams, law
+from tests.fakes import MarkovEngine, chi_square, markov, near
 
 V = 9
 REQUESTS = [TokenRequest((1, 2, 3), tag="a"), TokenRequest((4,), tag="b")]
@@ -72,11 +77,11 @@ def test_row_i_of_the_logits_is_the_law_of_index_length_plus_i() -> None:
     for row in (0, 1):
         record = kept(recorder, row)
         first = len(REQUESTS[row].prompt)
-        for position, law in zip(record.positions.tolist(), dense(record), strict=True):
+        for position, stored in zip(record.positions.tolist(), dense(record), strict=True):
             expected = torch.log_softmax(seen.target_logits[row, position - first] / 0.8, -1)
-            assert torch.allclose(law, expected, atol=1e-6)
+            assert torch.allclose(stored, expected, atol=1e-6)
             shifted = torch.log_softmax(seen.target_logits[row, (position - first + 1) % 4] / 0.8, -1)
-            assert not torch.allclose(law, shifted, atol=1e-2)  # the test would see an off-by-one
+            assert not torch.allclose(stored, shifted, atol=1e-2)  # the test would see an off-by-one
 
 
 def test_raw_and_served_laws() -> None:
@@ -190,3 +195,96 @@ def test_a_request_without_drafting_has_no_acceptance() -> None:
 def test_settings_out_of_range(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidValue, match=message):
         RecorderSettings(**kwargs)
+
+
+class LearningDraft:
+    """A recorder that also replaces the draft's weights after every verification, in the middle of requests."""
+
+    def __init__(self, draft: MarkovEngine, settings: RecorderSettings) -> None:
+        self.draft, self.inner = draft, LawRecorder(settings)
+        self.rounds = 0
+
+    def __call__(self, seen: RoundView) -> None:
+        self.inner(seen)
+        self.rounds += 1
+        self.draft.table = near(TARGET, seed=self.rounds, noise=0.3 + self.rounds % 5).table
+
+
+TARGET = markov(6, 2, seed=0)
+PARAMS = {
+    "temperature 1": SamplingParams(temperature=1.0),
+    "temperature 0.8, top-p 0.7": SamplingParams(temperature=0.8, top_p=0.7),
+}
+
+
+def serve(params: SamplingParams, rows: int = 20_000) -> tuple[Tensor, RoundStats, LearningDraft]:
+    """Three tokens for each of `rows` rows while the draft learns; (tokens [rows, 3], rounds, recorder)."""
+    draft = near(TARGET, seed=99)
+    recorder = LearningDraft(draft, RecorderSettings(positions="wrong", top_k=6, max_positions=rows * 3))
+    settings = {"draft_length": 4, "fallback": "never"}
+    decoder = registry.build(
+        "speculative", {"target": TARGET, "draft": draft}, sampling=params, settings=settings, recorder=recorder, seed=5
+    )
+    out, rounds = [], RoundStats()
+    for start in range(0, rows, 2000):
+        result = decoder.decode([TokenRequest((4, 2), 3, row_id=start + i) for i in range(2000)])
+        out += result.output
+        rounds.extend(result.rounds, row_offset=start)
+        recorder.inner.clear()
+    return torch.tensor(out), rounds, recorder
+
+
+@pytest.mark.parametrize("name", PARAMS)
+def test_the_output_has_the_targets_law_in_the_middle_of_learning(name: str) -> None:
+    tokens, rounds, recorder = serve(PARAMS[name])
+    p = law(TARGET.table, PARAMS[name])  # [past, last, next]
+    first = p[4, 2]
+    second = p[2]  # [first, second]
+    joint = first[:, None, None] * second[:, :, None] * p  # [first, second, third]
+    cells = (tokens[:, 0] * 36 + tokens[:, 1] * 6 + tokens[:, 2]).bincount(minlength=216)
+    test = chi_square(cells, joint.flatten())
+    assert test.p_value > 0.001, test
+    assert test.detectable_tv < 0.05
+    assert recorder.rounds > 20  # the weights did change, many times within each call
+    wrong = joint.flatten().roll(1)
+    assert chi_square(cells, wrong).p_value < 1e-6  # the negative control: another law is seen
+    # the acceptance that was measured on the way is that of the drafts that really drafted
+    total = count(rounds)
+    assert total.alpha is not None and total.accepted_rate is not None
+    error = (total.alpha * (1 - total.alpha) / total.examined) ** 0.5
+    assert abs(total.alpha - total.accepted_rate) < 3 * error
+
+
+def test_recording_does_not_change_the_output() -> None:
+    requests = [TokenRequest((i % 6, 1), 12, row_id=i) for i in range(20)]
+    outputs = []
+    for recorder in (None, LawRecorder(RecorderSettings())):
+        decoder = registry.build(
+            "speculative",
+            {"target": TARGET, "draft": near(TARGET)},
+            sampling=PARAMS["temperature 1"],
+            settings={"fallback": "never"},
+            recorder=recorder,
+        )
+        outputs.append(decoder.decode(requests).output)
+    assert outputs[0] == outputs[1]
+
+
+def test_no_host_synchronisation_of_its_own() -> None:
+    """What it does with device tensors asks for no value of theirs (counted on the CPU by a dispatch mode)."""
+
+    class Asks(TorchDispatchMode):
+        asked = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.asked += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+            return func(*args, **(kwargs or {}))
+
+    seen = view([1, 3], [3, 3])
+    recorder = LawRecorder(RecorderSettings())
+    with Asks() as mode:
+        recorder(seen)
+    assert mode.asked == 0
+    with Asks() as control:
+        int(seen.drafted[0, 0])
+    assert control.asked == 1
