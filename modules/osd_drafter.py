@@ -376,6 +376,12 @@ class OSDDrafter(pl.LightningModule):
         """Keep plain values that an export should state (the router, the tags of the drafts, running acceptance)."""
         self._meta.update(values)
 
+    @property
+    def router(self) -> dict[str, Any] | None:
+        """State of the router that served the drafts, as noted; None before they were served."""
+        state: dict[str, Any] | None = self._meta.get("router")
+        return state
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         values = {k: float(v) for k, v in self.trainer.callback_metrics.items() if k in DEFINITIONS}
         seed = os.environ.get("PL_GLOBAL_SEED")  # where lightning.seed_everything leaves it
