@@ -6,6 +6,7 @@ that trains (the DraftSwap callback binds them).
 
 import hashlib
 import importlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -203,7 +204,17 @@ class OnlineDataModule(LightningDataModule):
 
     def _from_files(self, paths: Sequence[str]) -> list[TokenRequest]:
         lines = [line for path in paths for line in read_prompts(path)]
-        return [self._request(line.ids(self.target.tokenizer), line.tag) for line in lines]
+        found = [self._request(line.ids(self.target.tokenizer), line.tag) for line in lines]
+        limit = self.target.part.spec.max_length
+        short = [r for r in found if len(r.prompt) < limit]  # at least one token must follow
+        if len(short) < len(found):
+            message = (
+                f"{len(found) - len(short)} of {len(found)} prompts do not fit into the target's {limit} positions"
+            )
+            if not short:
+                raise InvalidValue(f"{message} ({', '.join(paths)}): shorten them, or use another target")
+            warnings.warn(f"{message} and are left out", stacklevel=2)
+        return short
 
     def _from_documents(self, documents: Sequence[Document]) -> list[TokenRequest]:
         tokenizer, length = self._tokenizer(), self.traffic.prompt_length

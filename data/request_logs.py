@@ -256,6 +256,7 @@ def score(
 
     Positions "all": every answer token. "wrong": where the draft's most likely token is not the logged one, which is
     where a greedy draft would have been corrected. The record's alpha is mean sum min(p, q) over the whole answer.
+    Answer tokens behind the draft's context are left out: it never drafts there.
     Raises InvalidValue for the law "served": the processors of the logged calls are not known.
     """
     if settings.law != "raw":
@@ -266,9 +267,12 @@ def score(
         ids[r, : len(text)] = torch.tensor(text)
     row = torch.cat([torch.full((len(item.answer),), r) for r, item in enumerate(logged)])
     position = torch.cat([len(item.request.prompt) + torch.arange(len(item.answer)) for item in logged])
+    reach = draft.spec.max_length
+    inside = position <= reach
+    row, position = row[inside], position[inside]
     label = ids[row, position]
     hidden_p = _rows(target, ids, row, position)  # [M, D]
-    hidden_q = _rows(draft, ids, row, position)
+    hidden_q = _rows(draft, ids[:, :reach], row, position)
     size = min(
         target.spec.vocab_size, draft.spec.vocab_size
     )  # a padded head means the same tokens below the smaller size
@@ -276,7 +280,7 @@ def score(
     laws: list[TeacherLaw] = []
     overlap: list[Tensor] = []
     wrong: list[Tensor] = []
-    for start in range(0, len(row), step):
+    for start in range(0, max(1, len(row)), step):
         part = slice(start, start + step)
         logits_p = target.head(hidden_p[part])[:, :size].float()
         logits_q = draft.head(hidden_q[part])[:, :size].float().to(logits_p.device)
@@ -293,8 +297,8 @@ def score(
             law=law[mine],
             tag=item.request.tag,
             request=r if numbers is None else numbers[r],
-            alpha=float(alpha[row == r].mean()),
-            examined=len(item.answer),
+            alpha=float(alpha[row == r].mean()),  # NaN when the draft reaches none of the answer
+            examined=int((row == r).sum()),
             draft_version=draft_version,
         )
         for r, (item, text) in enumerate(zip(logged, texts, strict=True))

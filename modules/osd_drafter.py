@@ -201,6 +201,7 @@ class OSDDrafter(pl.LightningModule):
                 f"{self.loss_name} is infinite against laws after top-k or top-p: record law 'raw' or take another loss"
             )
         net = self.net(batch.draft)
+        batch = _within(batch, getattr(net.config, "max_position_embeddings", None))
         hidden = last_hidden(net, batch.contexts)
         weight, bias = output_head(net)
         return chunked_head(
@@ -428,6 +429,23 @@ class OSDDrafter(pl.LightningModule):
             seed=meta.get("seed"),
             steps=meta.get("steps"),
         )
+
+
+def _within(batch: OnlineBatch, limit: int | None) -> OnlineBatch:
+    """The batch without positions that a draft of `limit` positions cannot predict (it never drafts there)."""
+    if limit is None or batch.contexts.shape[1] <= limit:
+        return batch
+    keep = batch.position < limit
+    return dataclasses.replace(
+        batch,
+        contexts=batch.contexts[:, :limit],
+        lengths=batch.lengths.clamp_max(limit),
+        row=batch.row[keep],
+        position=batch.position[keep],
+        law_ids=batch.law_ids[keep],
+        logprob_bits=batch.logprob_bits[keep],
+        tail_bits=batch.tail_bits[keep],
+    )
 
 
 def _check_loss(name: str, jsd_beta: float, forward_kl_steps: int) -> RowLoss:

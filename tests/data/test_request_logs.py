@@ -217,3 +217,16 @@ def test_chunks_of_the_head_do_not_change_anything(monkeypatch: pytest.MonkeyPat
 def test_served_laws_cannot_be_recomputed() -> None:
     with pytest.raises(InvalidValue, match="'raw'"):
         score(TARGET, DRAFT, LOGGED, RecorderSettings(law="served"))
+
+
+def test_answers_behind_the_drafts_context_are_left_out() -> None:
+    short = near(TARGET, seed=1)
+    short.max_length = 5
+    whole = score(TARGET, DRAFT, LOGGED, RecorderSettings(top_k=11))
+    cut = score(TARGET, short, LOGGED, RecorderSettings(top_k=11))
+    assert whole[0].positions.tolist() == [3, 4, 5, 6] and cut[0].positions.tolist() == [3, 4, 5]
+    assert torch.equal(cut[0].law.logprobs, whole[0].law.logprobs[:3]) and cut[0].examined == 3
+    assert torch.equal(cut[1].positions, whole[1].positions) and cut[1].alpha == whole[1].alpha
+    short.max_length = 2
+    nothing = score(TARGET, short, LOGGED[:1], RecorderSettings(top_k=11))[0]
+    assert len(nothing.law) == 0 and nothing.alpha != nothing.alpha and nothing.examined == 0

@@ -155,6 +155,16 @@ def test_text_loss_equals_the_recorded_one() -> None:
     assert torch.allclose(live.total, recorded.total, atol=1e-4)
 
 
+def test_positions_behind_the_drafts_context_are_left_out() -> None:
+    module = drafter(draft=HFModel(arch=ARCH | {"max_position_embeddings": 5}))
+    batch = online(positions=((3, 4, 5, 7), (2,)))
+    out = module.online_loss(batch)
+    inside = online(positions=((3, 4), (2,)))
+    assert out.weight == 3
+    assert torch.allclose(out.total, module.online_loss(inside).total, atol=1e-6)
+    assert drafter(loss="ce", draft=HFModel(arch=ARCH | {"max_position_embeddings": 5})).online_loss(batch).weight == 3
+
+
 def test_label_fine_tuning_ignores_the_laws() -> None:
     module, batch = drafter(loss="ce"), online()
     q = logits_of(module, batch.contexts).log_softmax(-1)[batch.row, batch.position - 1]
