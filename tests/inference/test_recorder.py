@@ -288,3 +288,23 @@ def test_no_host_synchronisation_of_its_own() -> None:
     with Asks() as control:
         int(seen.drafted[0, 0])
     assert control.asked == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_queued_copies_hold_the_same_laws() -> None:
+    """On an accelerator the copy is asynchronous; what arrives is what a blocking copy would have brought."""
+    seen = view([2, 3], [3, 3])
+    on_gpu = RoundView(**{**vars(seen), "target_logits": seen.target_logits.cuda(), "target_law": None})
+    recorders = [LawRecorder(RecorderSettings(top_k=V)) for _ in range(2)]
+    recorders[0](seen)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        recorders[1](on_gpu)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    on_gpu.target_logits.zero_()  # the decoder reuses its buffers
+    for row in (0, 1):
+        a, b = (kept(recorder, row) for recorder in recorders)
+        assert torch.equal(a.positions, b.positions)
+        assert torch.allclose(dense(a), dense(b), atol=1e-5) and b.law.ids.device.type == "cpu"

@@ -28,8 +28,9 @@ from draftsmith.inference.engine import Engine
 from draftsmith.inference.errors import InvalidType, InvalidValue
 from draftsmith.inference.laws import Record, TeacherLaw
 from draftsmith.inference.served_draft import ServedDraft, engine_of, network_of
+from draftsmith.modules.hf_model import HFModel
 from draftsmith.modules.losses.divergence import aligned, overlap
-from draftsmith.modules.osd_drafter import OSDDrafter
+from draftsmith.modules.osd_drafter import OSDDrafter, check_vocabulary
 
 HISTOGRAM_EVERY = 20  # updates between two histograms of accepted lengths
 
@@ -151,6 +152,8 @@ class DraftSwap(Callback):
             raise InvalidValue(
                 "the gate needs held-out records: set data.buffer.holdout (0.1 is usual) or gate to false"
             )
+        for spec in pl_module.specs.values():  # before anything is built
+            check_vocabulary(spec, HFModel(path=data.target_dir))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make served copies of the weights as they are now (a checkpoint is loaded by then), and bind the stream."""
