@@ -66,7 +66,7 @@ class TrafficConfig:
 class RouterConfig:
     """Which of several drafts serves a request."""
 
-    keys: tuple[str, ...] = ()  # one per draft, as in model.drafts; empty: one draft, no routing
+    drafts: tuple[str, ...] = ()  # their keys, as in model.drafts; empty: one draft, no routing
     by: str = "tag"  # "tag", "function" (of the prompt's text), or "centroid" (nearest mean prompt embedding)
     function: str = ""  # "package.module:function", text -> key
     fallback: str | None = None  # draft of unknown keys; null: they are an error
@@ -170,7 +170,7 @@ class OnlineDataModule(LightningDataModule):
             self._target = load(self.target_dir, dtype=self.dtype, device=device, engine=self.engine)
         self._resume = None
         source = self._source()
-        keys = self.router_config.keys
+        keys = self.router_config.drafts
         rank, world_size = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
         folder = None if self.trainer is None else Path(self.trainer.default_root_dir) / "buffer"
         self.stream = OnlineStream(
@@ -254,7 +254,7 @@ class OnlineDataModule(LightningDataModule):
             key_of = TextFunction(config.function, self._tokenizer())
         elif config.by == "centroid":
             key_of = Centroids.fit(self._examples(source), self._embeddings())
-        return DraftRouter(config.keys, key_of, fallback=config.fallback)
+        return DraftRouter(config.drafts, key_of, fallback=config.fallback)
 
     def _embeddings(self) -> Tensor:
         return embedding_rows(self.target.part).cpu()
@@ -262,7 +262,7 @@ class OnlineDataModule(LightningDataModule):
     def _examples(self, source: RequestSource) -> dict[str, list[Sequence[int]]]:
         """The first labelled prompts of each key. Raises InvalidValue by `Centroids.fit` when a key has none."""
         config = self.router_config
-        examples: dict[str, list[Sequence[int]]] = {key: [] for key in config.keys}
+        examples: dict[str, list[Sequence[int]]] = {key: [] for key in config.drafts}
         if isinstance(source, Endless):
             raise InvalidValue("router.by=centroid needs tagged prompts or logs to learn the classes from")
         for item in source.read():

@@ -337,13 +337,17 @@ class OnlineStream(IterableDataset[OnlineBatch]):
         self.buffers[draft].add(record, now=record.request)
 
     def counters(self) -> dict[str, int]:
-        """Sums over all drafts of this rank: what became of the records, and what the recorder dropped."""
+        """Sums over all drafts and ranks: what became of the records, and what the recorder dropped.
+
+        Call it on all ranks alike.
+        """
         totals: dict[str, int] = {"recorder_dropped": self.recorder.dropped}
         for buffer in self.buffers:
             for name, value in vars(buffer.counts).items():
                 totals[name] = totals.get(name, 0) + value
         totals["unrouted"] = self.router.unknown if self.router else 0
-        return totals
+        sums = self.reduce(torch.tensor(list(totals.values()))).tolist()
+        return dict(zip(totals, sums, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """Position and counters of all ranks together; call it on all ranks alike.

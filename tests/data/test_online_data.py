@@ -166,7 +166,7 @@ def test_asking_too_early(place: Path) -> None:
 
 
 def test_centroid_classes_are_learned_from_the_tagged_traffic(place: Path) -> None:
-    router = RouterConfig(keys=("code", "prose"), by="centroid", examples=2)
+    router = RouterConfig(drafts=("code", "prose"), by="centroid", examples=2)
     data = opened(place, prompts=(str(place / "prompts.jsonl"),), router=router)
     assert data.stream is not None and data.stream.router is not None
     centroids = data.stream.router.key_of.centroids
@@ -217,13 +217,13 @@ def test_router_settings_out_of_range(settings: dict[str, Any], message: str) ->
         (
             "target",
             {"prompts": ("ids.jsonl",)},
-            RouterConfig(keys=("a", "b"), by="centroid"),
+            RouterConfig(drafts=("a", "b"), by="centroid"),
             "no prompts for the class",
         ),
         (
             "target",
             {"factory": f"{__name__}:endless"},
-            RouterConfig(keys=("a", "b"), by="centroid"),
+            RouterConfig(drafts=("a", "b"), by="centroid"),
             "needs tagged prompts or logs",
         ),
     ],

@@ -130,7 +130,7 @@ def test_online_data_brings_target_and_prompts_and_routes_them(place: Path, tmp_
         TrafficConfig(prompts=files, val_prompts=files, max_new_tokens=6, val_requests=20),
         serve=ServeSettings(in_flight=4),
         buffer=BufferSettings(interval=4),
-        router=RouterConfig(keys=("code", "prose")),
+        router=RouterConfig(drafts=("code", "prose")),
     )
     drafts = {key: HFModel(path=str(place / "draft")) for key in ("code", "prose")}
     module = OSDDrafter(drafts=drafts, optim=OptimConfig(lr=1e-3, schedule="constant"))

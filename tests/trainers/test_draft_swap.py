@@ -259,7 +259,7 @@ def test_a_fall_of_acceptance_restarts_the_schedule(place: Path, good_draft: Pat
 def test_routed_drafts_learn_and_swap_apart(place: Path, tmp_path: Path) -> None:
     keys = ("code", "prose")
     module = module_of(place, draft=None, drafts={key: HFModel(path=str(place / "draft")) for key in keys})
-    swap, data = DraftSwap(), data_of(place, router=RouterConfig(keys=keys))
+    swap, data = DraftSwap(), data_of(place, router=RouterConfig(drafts=keys))
     trainer_of(tmp_path, swap).fit(module, datamodule=data)
     assert [draft.version > 0 for draft in swap.drafts] == [True, True]
     assert not torch.equal(flat(module.net(0)), flat(module.net(1)))
@@ -275,7 +275,7 @@ def test_other_routers_of_the_data_module(place: Path, tmp_path: Path, by: str) 
     keys = ("code", "prose")
     function = f"{__name__}:kind_of" if by == "function" else ""
     module = module_of(place, draft=None, drafts={key: HFModel(path=str(place / "draft")) for key in keys})
-    data = data_of(place, router=RouterConfig(keys=keys, by=by, function=function, examples=4))
+    data = data_of(place, router=RouterConfig(drafts=keys, by=by, function=function, examples=4))
     trainer_of(tmp_path, DraftSwap()).fit(module, datamodule=data)
     routed = {(s.tag, s.draft) for s in read(tmp_path / "served.jsonl")}
     assert routed == {("code", 0), ("prose", 1)}
@@ -340,14 +340,14 @@ def test_resume_with_stored_records_is_exact_anywhere(place: Path, tmp_path: Pat
     [
         ({"trainer": {"accumulate_grad_batches": 2}}, InvalidValue, "accumulate_grad_batches to 1"),
         ({"data": {"buffer": BufferSettings()}}, InvalidValue, "holdout"),
-        ({"data": {"router": RouterConfig(keys=("a", "b"))}}, InvalidValue, "names 2 drafts"),
+        ({"data": {"router": RouterConfig(drafts=("a", "b"))}}, InvalidValue, "names 2 drafts"),
         (
             {"module": {"draft": None, "drafts": "ab"}},
             InvalidValue,
-            r"router\.keys are empty and model.drafts are a, b",
+            r"router\.drafts are empty and model.drafts are a, b",
         ),
         (
-            {"module": {"draft": None, "drafts": "ab"}, "data": {"router": RouterConfig(keys=("b", "a"))}},
+            {"module": {"draft": None, "drafts": "ab"}, "data": {"router": RouterConfig(drafts=("b", "a"))}},
             InvalidValue,
             "the same keys in the same order",
         ),

@@ -140,14 +140,14 @@ class DraftSwap(Callback):
             raise InvalidType(f"DraftSwap trains an OSDDrafter, got {type(pl_module).__name__}")
         if trainer.accumulate_grad_batches != 1:
             raise InvalidValue("online updates are single steps: set trainer.accumulate_grad_batches to 1")
-        keys = list(data.router_config.keys)
+        keys = list(data.router_config.drafts)
         if len(pl_module.draft_keys) > 1 and keys != pl_module.draft_keys:
             raise InvalidValue(
-                f"data.router.keys are {', '.join(keys) or 'empty'} and model.drafts are "
+                f"data.router.drafts are {', '.join(keys) or 'empty'} and model.drafts are "
                 f"{', '.join(pl_module.draft_keys)}: give the same keys in the same order"
             )
         if len(pl_module.draft_keys) == 1 and len(keys) > 1:
-            raise InvalidValue(f"data.router.keys names {len(keys)} drafts, but there is one: give model.drafts")
+            raise InvalidValue(f"data.router.drafts names {len(keys)} drafts, but there is one: give model.drafts")
         if self.gate and data.buffer.holdout == 0:
             raise InvalidValue(
                 "the gate needs held-out records: set data.buffer.holdout (0.1 is usual) or gate to false"
@@ -198,7 +198,7 @@ class DraftSwap(Callback):
             if verdict.tested:
                 values |= {"gate/diff": verdict.mean, "gate/low": verdict.low, "gate/high": verdict.high}
             values |= {f"online/{name}": float(n) for name, n in self.counts.items()}
-            values |= {f"buffer/{name}": float(n) for name, n in stream.counters().items()}
+            values |= {f"buffer/{name}": float(n) for name, n in stream.counters().items()}  # of all ranks
             values |= {"online/served": float(stream.served), "online/updates": float(stream.updates)}
         module.log_dict(values, batch_size=1)
 
