@@ -1,4 +1,6 @@
-"""Render docs/results.md from docs/figures/*.json (contract 14): `python -m draftsmith.trainers.results [--check]`.
+"""Render docs/results.md from docs/figures/*.json (contract 14), and the README's table of decoders from the registry.
+
+    python -m draftsmith.trainers.results [--check]
 
 One table per system. A row is marked stale when a source file that the system's figures depend on has changed since
 they were measured: the blob hash that git gives the file now differs from the one that the measurement recorded. The
@@ -12,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from draftsmith.inference import registry
 from draftsmith.inference.environment import blob_hash
 from draftsmith.inference.errors import InvalidValue, UserError
 
@@ -21,6 +24,8 @@ HEAD = f"""# Measured figures
 Rendered by `{COMMAND}` from `docs/figures/*.json`, which `make acceptance` writes; not edited by hand.
 A row marked **stale** was measured before the named source files changed: measure it again before you quote it.
 """
+BEGIN = f"<!-- decoders: rendered by {COMMAND} -->\n"
+END = "<!-- end of decoders -->"
 
 
 def render(root: Path) -> str:
@@ -39,6 +44,20 @@ def render(root: Path) -> str:
     return "\n".join(sections)
 
 
+def render_readme(text: str) -> str:
+    """The README with its table of decoders, between two marking lines, made from the registry; unchanged without them.
+
+    Raises InvalidValue when only one of the lines is there.
+    """
+    if BEGIN not in text and END not in text:
+        return text
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise InvalidValue(f"README.md needs the line {BEGIN.strip()!r} and, after it, {END!r}")
+    return "".join((before, begin, _decoders(), end, after))
+
+
 def changed_files(run: Mapping[str, Any], root: Path) -> list[str]:
     """The sources of a run whose content differs now (or that are gone), sorted."""
     now = {name: blob_hash(root / name) if (root / name).is_file() else None for name in run["files"]}
@@ -54,6 +73,16 @@ def flatten(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield from flatten(value, f"{prefix}{name}.")
         else:
             yield prefix + name, {"value": value}
+
+
+def _decoders() -> str:
+    lines = ["| Decoder | What it does | Keeps the target's law | Parts |", "|---|---|---|---|"]
+    for entry in map(registry.get, registry.names()):
+        unless = " or ".join(f"`{name}`" for name in entry.lossy_settings)
+        lossless = ("yes" + (f", unless {unless} is set" if unless else "")) if entry.lossless else "no"
+        cells = (f"`{entry.name}`", entry.summary, lossless, ", ".join(entry.needs))
+        lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def _section(system: str, runs: Sequence[Mapping[str, Any]], root: Path) -> str:
@@ -110,28 +139,30 @@ def _cell(text: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write docs/results.md, or with --check compare it. Returns 0, 1 (differs), 2 (bad input)."""
-    parser = argparse.ArgumentParser(prog=COMMAND, description="Render docs/results.md from docs/figures/*.json.")
+    """Write the rendered files, or with --check compare them. Returns 0, 1 (one differs), 2 (bad input)."""
+    parser = argparse.ArgumentParser(prog=COMMAND, description="Render docs/results.md and the README's decoders.")
     parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit 1 when docs/results.md is out of date"
+        "--check", action="store_true", help="write nothing; exit 1 when a rendered file is out of date"
     )
     parser.add_argument("--root", type=Path, default=Path.cwd(), help="the repository (default: the current directory)")
     options = parser.parse_args(argv)
-    target = options.root / "docs" / "results.md"
+    results, readme = options.root / "docs" / "results.md", options.root / "README.md"
     try:
-        if not target.parent.is_dir():
-            raise InvalidValue(f"{target.parent} is not a folder: give the repository with --root")
-        text = render(options.root)
+        if not results.parent.is_dir():
+            raise InvalidValue(f"{results.parent} is not a folder: give the repository with --root")
+        wanted = {results: render(options.root)}
+        if readme.is_file():
+            wanted[readme] = render_readme(readme.read_text())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if not options.check:
-        target.write_text(text)
-        return 0
-    if target.is_file() and target.read_text() == text:
-        return 0
-    print(f"{target} is out of date: run `{COMMAND}`", file=sys.stderr)
-    return 1
+    old = [path for path, text in wanted.items() if not path.is_file() or path.read_text() != text]
+    for path in old:
+        if options.check:
+            print(f"{path} is out of date: run `{COMMAND}`", file=sys.stderr)
+        else:
+            path.write_text(wanted[path])
+    return 1 if options.check and old else 0
 
 
 if __name__ == "__main__":

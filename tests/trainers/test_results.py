@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from draftsmith.inference import registry
 from draftsmith.inference.environment import blob_hash
 from draftsmith.inference.errors import InvalidValue
 from draftsmith.trainers import results
@@ -116,6 +117,25 @@ def test_command(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert results.main(["--check", *root]) == 1
     assert results.main(["--root", str(repository / "nowhere")]) == 2
     assert capsys.readouterr().err.count("error:") == 1
+
+
+def test_table_of_decoders_comes_from_the_registry() -> None:
+    text = f"# Title\n{results.BEGIN}old rows\n{results.END}\nrest\n"
+    made = results.render_readme(text)
+    assert made.startswith("# Title\n") and made.endswith(f"{results.END}\nrest\n") and "old rows" not in made
+    for name in registry.names():
+        assert f"| `{name}` | {registry.get(name).summary} | yes" in made
+    assert "unless `lossy_mix` is set | target, draft |" in made
+    assert results.render_readme(made) == made
+    assert results.render_readme("no markers\n") == "no markers\n"
+    for half in (results.BEGIN, results.END, f"{results.END}\n{results.BEGIN}"):
+        with pytest.raises(InvalidValue, match=r"README\.md needs the line"):
+            results.render_readme(half)
+
+
+def test_readme_is_current() -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    assert results.BEGIN in text and results.render_readme(text) == text
 
 
 def test_bad_figure_file_is_one_line(repository: Path) -> None:
