@@ -129,3 +129,15 @@ class OnlineBatch(Batch):
     def labels(self) -> Tensor:
         """int64 [M]: the tokens that were committed at the positions."""
         return self.contexts[self.row, self.position]
+
+    def within(self, limit: int | None) -> "OnlineBatch":
+        """The batch cut to contexts of `limit` tokens: a draft of so many positions never drafts behind them."""
+        if limit is None or self.contexts.shape[1] <= limit:
+            return self
+        keep = self.position < limit
+        return replace(
+            self,
+            contexts=self.contexts[:, :limit],
+            lengths=self.lengths.clamp_max(limit),
+            **{name: getattr(self, name)[keep] for name in ("row", "position", "law_ids", "logprob_bits", "tail_bits")},
+        )

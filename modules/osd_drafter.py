@@ -11,7 +11,6 @@ Shape letters: B batch, T time, R records, M marked positions, D width, V vocabu
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as pl
@@ -20,8 +19,6 @@ from torch import Tensor, nn
 
 from draftsmith.data.batches import OnlineBatch, TokenBatch
 from draftsmith.inference import manifest
-from draftsmith.inference.checkpoint import read_json
-from draftsmith.inference.couplings import Side, shared_vocabulary, tokenizer_identity
 from draftsmith.inference.errors import InvalidState, InvalidValue, UnknownKey, unknown_choice
 from draftsmith.inference.hf_adapter import HFEngine
 from draftsmith.modules.export_spec import ExportSpec
@@ -31,6 +28,7 @@ from draftsmith.modules.losses.divergence import NEEDS_FULL_SUPPORT, ROW_LOSSES,
 from draftsmith.modules.metrics import LawMeans
 from draftsmith.modules.optim import FiniteGuard, OptimConfig, lr_factor, parameter_groups
 from draftsmith.modules.osd_sources import SOURCES, rewrite
+from draftsmith.modules.vocabulary import check_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -201,7 +199,7 @@ class OSDDrafter(pl.LightningModule):
                 f"{self.loss_name} is infinite against laws after top-k or top-p: record law 'raw' or take another loss"
             )
         net = self.net(batch.draft)
-        batch = _within(batch, getattr(net.config, "max_position_embeddings", None))
+        batch = batch.within(getattr(net.config, "max_position_embeddings", None))
         hidden = last_hidden(net, batch.contexts)
         weight, bias = output_head(net)
         return chunked_head(
@@ -431,23 +429,6 @@ class OSDDrafter(pl.LightningModule):
         )
 
 
-def _within(batch: OnlineBatch, limit: int | None) -> OnlineBatch:
-    """The batch without positions that a draft of `limit` positions cannot predict (it never drafts there)."""
-    if limit is None or batch.contexts.shape[1] <= limit:
-        return batch
-    keep = batch.position < limit
-    return dataclasses.replace(
-        batch,
-        contexts=batch.contexts[:, :limit],
-        lengths=batch.lengths.clamp_max(limit),
-        row=batch.row[keep],
-        position=batch.position[keep],
-        law_ids=batch.law_ids[keep],
-        logprob_bits=batch.logprob_bits[keep],
-        tail_bits=batch.tail_bits[keep],
-    )
-
-
 def _check_loss(name: str, jsd_beta: float, forward_kl_steps: int) -> RowLoss:
     found = row_loss(name, jsd_beta)
     if forward_kl_steps < 0:
@@ -455,28 +436,6 @@ def _check_loss(name: str, jsd_beta: float, forward_kl_steps: int) -> RowLoss:
     if name == "ce" and forward_kl_steps:
         raise InvalidValue("ce learns from labels and needs no forward-KL warm-up: set forward_kl_steps to 0")
     return found
-
-
-def check_vocabulary(draft: HFModel, teacher: HFModel | None) -> None:
-    """Refuse, before anything is built, a draft whose ids are not the target's.
-
-    Raises InvalidValue naming both vocabularies. What lies on the hub instead of in a directory is checked when loaded.
-    """
-    sides = [_side(spec) for spec in (teacher, draft) if spec is not None]
-    if len(sides) < 2 or sides[0] is None or sides[1] is None:
-        return
-    shared_vocabulary(sides[0], sides[1])
-
-
-def _side(spec: HFModel) -> Side | None:
-    if spec.arch is not None:
-        size = spec.arch.get("vocab_size")
-        return None if size is None else Side(Path("model.draft"), None, int(size), None)
-    directory = Path(str(spec.path)).expanduser()
-    if not (directory / "config.json").is_file():
-        return None
-    size = read_json(directory / "config.json").get("vocab_size")
-    return None if size is None else Side(directory, manifest.read(directory), int(size), tokenizer_identity(directory))
 
 
 def _stop_ids(net: "PreTrainedModel") -> Sequence[int]:

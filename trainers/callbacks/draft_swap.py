@@ -30,7 +30,8 @@ from draftsmith.inference.laws import Record, TeacherLaw
 from draftsmith.inference.served_draft import ServedDraft, engine_of, network_of
 from draftsmith.modules.hf_model import HFModel
 from draftsmith.modules.losses.divergence import aligned, overlap
-from draftsmith.modules.osd_drafter import OSDDrafter, check_vocabulary
+from draftsmith.modules.osd_drafter import OSDDrafter
+from draftsmith.modules.vocabulary import check_vocabulary
 
 HISTOGRAM_EVERY = 20  # updates between two histograms of accepted lengths
 
