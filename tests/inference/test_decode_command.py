@@ -221,8 +221,14 @@ class TestRefused:
             (("--prompt", "x", "--top-p", "0"), "top_p must be above 0"),
             (("--prompt", "x", "--set", "draft_length"), "--set wants KEY=VALUE, got 'draft_length'"),
             (("--prompt", "x", "--set", "colour=1"), "'colour'"),
-            (("--prompt", "x", "--decoder", "prompt_lookup", "--set", "draft_length=five"), "draft_length"),
-            (("--prompt", "x", "--decoder", "prompt_lookup", "--set", "draft_length=2.5"), "draft_length"),
+            (
+                ("--prompt", "x", "--decoder", "prompt_lookup", "--set", "draft_length=five"),
+                "must be of type int, got 'five'",
+            ),
+            (
+                ("--prompt", "x", "--decoder", "prompt_lookup", "--set", "draft_length=2.5"),
+                "must be of type int, got 2.5",
+            ),
             (
                 ("--prompt", "x", "--decoder", "prompt_lookup", "--set", "draft_length=0"),
                 "draft_length must be at least 1",
