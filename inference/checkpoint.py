@@ -28,6 +28,7 @@ from draftsmith.inference.manifest import MANIFEST_FILE, PICKLE_SUFFIXES, FileEn
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_OURS = (MANIFEST_FILE, "config.json", "router.json")  # an export, a model, a folder of several drafts
 _UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}\.draftsmith\.tmp")
 _STALE_SECONDS = 60.0  # younger ones may just have been made and not yet be locked
 _MAX_HEADER = 100_000_000  # the format's own limit
@@ -62,10 +63,8 @@ def check_destination(out: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise InvalidValue(f"output directory {out} is not empty: choose another one, or replace it with --overwrite")
-    if not (out / MANIFEST_FILE).is_file() and not (out / "config.json").is_file():
-        raise InvalidValue(
-            f"{out} holds neither {MANIFEST_FILE} nor config.json: --overwrite replaces only an export or a model"
-        )
+    if not any((out / name).is_file() for name in _OURS):
+        raise InvalidValue(f"{out} holds none of {', '.join(_OURS)}: --overwrite replaces only an export or a model")
 
 
 def write_export(out: Path, writer: Callable[[Path], None], *, overwrite: bool = False) -> None:

@@ -86,6 +86,11 @@ class TestWriteExport:
         assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["config.json"]
         assert (tmp_path / "out" / "config.json").read_text() == "new"
 
+    def test_overwrite_replaces_a_folder_of_several_drafts(self, tmp_path: Path) -> None:
+        write_export(tmp_path / "out", writes(router="old"))
+        write_export(tmp_path / "out", writes(router="new"), overwrite=True)
+        assert (tmp_path / "out" / "router.json").read_text() == "new"
+
     def test_overwrite_never_replaces_what_is_not_an_export(self, tmp_path: Path) -> None:
         (tmp_path / "home").mkdir()
         (tmp_path / "home" / "thesis.tex").write_text("years of work")
