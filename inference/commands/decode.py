@@ -3,9 +3,9 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from draftsmith.inference import metrics, registry
 from draftsmith.inference.commands._args import CommandParser, parser
@@ -188,7 +188,6 @@ def _build(
         parts["draft"] = draft.part
         if draft.manifest is not None:
             settings = draft.manifest.couplings.decode_defaults | settings
-    _check_types(name, settings)
     return registry.build(
         name,
         parts,
@@ -220,16 +219,6 @@ def _setting(text: str) -> tuple[str, Any]:
         return key, json.loads(value)
     except ValueError:
         return key, value
-
-
-def _check_types(name: str, settings: Mapping[str, Any]) -> None:
-    """Refuse a value that is not of its setting's type; unknown settings are the registry's to refuse."""
-    types = get_type_hints(registry.get(name).settings_type())
-    for key, value in settings.items():
-        allowed = get_args(types.get(key)) or (types.get(key, type(value)),)
-        if type(value) not in allowed and not (type(value) is int and float in allowed):
-            wanted = " or ".join(getattr(t, "__name__", str(t)) for t in allowed)
-            raise InvalidValue(f"setting {key} of decoder {name!r} must be of type {wanted}, got {value!r}")
 
 
 def _wants_color(choice: str) -> bool:
