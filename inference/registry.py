@@ -7,7 +7,7 @@ import dataclasses
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from draftsmith.inference.errors import InvalidType, InvalidValue, unknown_choice
 
@@ -100,6 +100,11 @@ def make_settings(name: str, settings: Mapping[str, Any] | object | None = None)
             if not known:
                 raise InvalidValue(f"decoder {name!r} has no settings, got {key!r}")
             raise unknown_choice(f"setting of decoder {name!r}", key, known)
+    wanted = get_type_hints(kind)
+    for key, value in settings.items():
+        allowed = (int, float) if wanted[key] is float else (wanted[key],)
+        if type(value) not in allowed:  # by type and not isinstance: true is no number here
+            raise InvalidValue(f"{key} of decoder {name!r} must be of type {wanted[key].__name__}, got {value!r}")
     return kind(**settings)
 
 
