@@ -139,6 +139,7 @@ class Demo:
             try:
                 for line in process.stdout:
                     file.write(line)
+                    file.flush()
                     if found := _STEP.match(line):
                         step, last = int(found[1]), int(found[2])
                         self.advance(start + (end - start) * step / max(last, 1))
