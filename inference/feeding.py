@@ -61,7 +61,7 @@ def feed(engine: Engine, cache: StaticCache, tokens: Sequence[Sequence[int]], dr
         ids.scatter_(1, first + steps[:g], drafted)
     hidden, _ = engine.forward(ids[:, :width], cache=cache)
     cache.truncate([min(len(t) + g, held) for t, held in zip(tokens, cache.lengths, strict=True)])
-    if min(lacking) == most:
+    if min(lacking) == max(lacking) == most:
         return hidden[:, most - 1 :]
     at = (first - 1 + steps).clamp_max_(width - 1)
     return hidden.gather(1, at.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))

@@ -28,6 +28,17 @@ from draftsmith.inference.stopping import LENGTH, StopScanner
 _REMOVE_SHARE = 0.25
 
 
+class ContextWarning(UserWarning):
+    """Something asked for does not fit into a network's context and was clamped."""
+
+
+def warn_once(requests: Sequence[int], message: str) -> None:
+    """One warning for all the requests that it concerns; none for none."""
+    if requests:
+        others = f" and {len(requests) - 1} more" if len(requests) > 1 else ""
+        warnings.warn(f"request {requests[0]}{others}: {message}", ContextWarning, stacklevel=2)
+
+
 @dataclass(slots=True)
 class Row:
     """One request on its way."""
@@ -83,6 +94,10 @@ class Session:
         self._recorder = recorder
         context = target.spec.max_length
         self.all_rows = [_open_row(i, request, context, vocab_size, tokenizer) for i, request in enumerate(requests)]
+        warn_once(
+            [row.index for row in self.all_rows if row.budget < requests[row.index].max_new_tokens],
+            f"prompt and max_new_tokens exceed the context of {context}: the output ends there",
+        )
         self.rows = list(self.all_rows)  # in the order of the cache; ended rows stay until they are worth removing
         self.capacity = min(max(row.limit for row in self.rows) + headroom, context)
         self.cache = target.new_cache(len(self.rows), self.capacity)
@@ -217,8 +232,7 @@ class Session:
         pick = None
         if len(live) < len(self.rows):
             pick = host_tensor([live], logits.device)[0]
-        # outside inference mode, so that what the recorder computes from the tensors is ordinary and can be learned
-        # from
+        # outside inference mode, so that what the recorder computes is ordinary and can be learned from
         with torch.inference_mode(False), torch.no_grad():
 
             def rows_of(x: Tensor | None) -> Tensor | None:
@@ -288,12 +302,6 @@ def _open_row(index: int, request: TokenRequest, context: int, vocab_size: int, 
             f"request {index}: a prompt of {len(prompt)} tokens leaves no room in a context of {context}: shorten it"
         )
     limit = min(len(prompt) + request.max_new_tokens, context)
-    if limit < len(prompt) + request.max_new_tokens:
-        warnings.warn(
-            f"request {index}: max_new_tokens {request.max_new_tokens} after {len(prompt)} prompt tokens exceeds the "
-            f"context of {context}; the output ends after {limit - len(prompt)}",
-            stacklevel=2,
-        )
     return Row(index, prompt, limit, StopScanner(request, tokenizer, limit - len(prompt)))
 
 

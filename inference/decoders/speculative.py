@@ -1,5 +1,4 @@
-"""Speculative sampling over chains: a drafter proposes g tokens, one target call verifies them, the law is the
-target's.
+"""Speculative sampling over chains: a drafter proposes g tokens, one target call verifies them, its law is kept.
 
 "Fast Inference from Transformers via Speculative Decoding" (2023), algorithm 1. A round is: draft, one target call on
 [what its cache lacks, x_1..x_g], the accept/residual rule (acceptance.py), one read of the outcome by the host, commit,
@@ -8,7 +7,6 @@ Shape letters: B rows in the batch, g draft length, V vocabulary. n offered, k a
 """
 
 import time
-import warnings
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +23,7 @@ from draftsmith.inference.decoders.session import (
     drain,
     empty_result,
     greedy_choice,
+    warn_once,
 )
 from draftsmith.inference.draft_length import DraftLengths, DraftLengthSettings, Outcome, RowLength
 from draftsmith.inference.drafters.base import Drafter, DraftSession, DraftTask, Proposal
@@ -173,14 +172,13 @@ class SpeculativeDecoder:
             confidence=settings.confidence_threshold if settings.schedule == "confidence" else None,
         )
         draft = self._drafter.start(task)
-        for row, request in zip(session.rows, requests, strict=True):
-            room = min(self._target.spec.max_length - len(row.tokens) - 1, draft.room(len(row.tokens)))
-            if room < min(settings.draft_length, request.max_new_tokens - 1):
-                warnings.warn(
-                    f"request {row.index}: draft length {settings.draft_length} is clamped to {room}: no more fits "
-                    f"behind {len(row.tokens)} prompt tokens in the context",
-                    stacklevel=2,
-                )
+        context = self._target.spec.max_length
+        rooms = {row.index: min(context - len(row.tokens) - 1, draft.room(len(row.tokens))) for row in session.rows}
+        warn_once(
+            [i for i, room in rooms.items() if room < min(settings.draft_length, requests[i].max_new_tokens - 1)],
+            f"draft length {settings.draft_length} does not fit behind the prompt into the context and is clamped to "
+            f"what does ({max(0, min(rooms.values()))} or more tokens)",
+        )
         lengths = self.lengths.open(len(requests))
         return _Call(session, draft, dict(enumerate(lengths)))
 
