@@ -30,7 +30,7 @@ SCHEDULES = ("constant", "heuristic", "confidence", "cost")
 FALLBACKS = ("auto", "measured", "never")
 
 _PRIOR_ALPHA = 0.6  # before anything was seen
-_PRIOR_WEIGHT = 4.0  # positions that the prior counts for: two bad rounds outvote it
+_PRIOR_WEIGHT = 8.0  # positions that the prior counts for: one bad round does not outvote it, two may
 _DECAY = 0.9  # of older evidence, per round: about the last ten rounds count
 _GRID = 100  # alpha is rounded to 1/100 before it is looked up
 _PROBE = 2  # longest draft of a probe
