@@ -44,16 +44,16 @@ _STEP = re.compile(r"^step (\d+)/(\d+)")
 class DemoSettings:
     """What the demo does; part of every stage's mark, so that a changed setting is not answered with old results."""
 
-    requests: int = 320  # per domain
+    requests: int = 256  # per domain
     domains: tuple[str, ...] = ("code", "prose")
     prompt_length: int = 24
     max_new_tokens: int = 48
     temperature: float = 1.0  # of serving and of the bench
     g: int = 5  # draft length while serving
     in_flight: int = 16  # requests decoded together, and records per update
-    steps: int = 8  # gradient steps per update
-    bench_prompts: int = 8
-    bench_tokens: int = 96
+    steps: int = 4  # gradient steps per update
+    bench_prompts: int = 6
+    bench_tokens: int = 64
     bench_repetitions: int = 7
     seed: int = 0
     target_steps: int | None = None  # null: as the shipped configs say
@@ -272,6 +272,7 @@ def distil_offline(demo: Demo) -> None:
         "data.text.length": length,
         "data.text.batch_size": batch,
         "trainer.max_steps": max(1, round(trained / (length * batch))),
+        "trainer.precision": _precision(),
     }
     demo.fit("offline", "demo/offline", overrides, end=0.7)
     words = ["export", str(demo.run("offline")), str(demo.export("offline")), "--checkpoint", "last", "--overwrite"]
