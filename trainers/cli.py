@@ -23,7 +23,7 @@ Train a part. The run goes to runs/ID; the same command with the same --run resu
   --ckpt_path FILE      start from this checkpoint instead of the run's newest
   --KEY VALUE           override any key of the config: --trainer.max_steps 100 --model.optim.lr 1e-3
   --print_config        print the resulting config and stop
-  --trainer.help, --model.help CLASS, --data.help CLASS   what may be set
+  --model.help CLASS, --data.help CLASS, --help-all       what may be set
 
 examples:
   draftsmith fit -c lm/debug
@@ -101,21 +101,26 @@ class Given:
     json: bool = False
     rest: list[str] = field(default_factory=list)  # for jsonargparse
 
+    @property
+    def asks(self) -> bool:
+        """Whether it only asks what may be set: `--help-all`, `--model.help CLASS`."""
+        return any(word.partition("=")[0].endswith((".help", "--help")) for word in self.rest)
+
 
 def parse(verb: str, argv: list[str]) -> Given:
     """Take our own options out of the command line. Raises InvalidValue for one without its value."""
     from draftsmith.trainers import shipped
 
     given = Given(verb)
-    words = iter(argv)
-    for word in words:
+    words = list(argv)
+    while words:
+        word = words.pop(0)
         name, has_value, value = word.partition("=")
         if name in ("-c", "--config", "--run", "--ckpt_path"):
             if not has_value:
-                try:
-                    value = next(words)
-                except StopIteration:
-                    raise InvalidValue(f"{name} wants a value: see 'draftsmith {verb} --help'") from None
+                if not words:
+                    raise InvalidValue(f"{name} wants a value: see 'draftsmith {verb} --help'")
+                value = words.pop(0)
             if name == "--run":
                 given.run = value
             elif name == "--ckpt_path":
@@ -123,11 +128,24 @@ def parse(verb: str, argv: list[str]) -> Given:
             else:
                 given.configs.append(shipped.resolve(value))
                 given.name = value.removesuffix(".yaml")
+        elif word == "--help-all":
+            given.rest.append("--help")
         elif word == "--json" and verb != "fit":
             given.json = True
+        elif name.startswith(("--model.", "--data.")) and (value or " ".join(words[:1])) == "null":
+            if not has_value:
+                words.pop(0)
+            given.rest.append(_null(name))
         else:
             given.rest.append(word)
     return given
+
+
+def _null(name: str) -> str:
+    """`--data.a.b null` as `--data.a={"b": null}`: jsonargparse turns a null below a class into the text "None"."""
+    owner, _, key = name.replace(".init_args.", ".").rpartition(".")
+    inner = f'{{"{key}": null}}'
+    return f"{owner}={inner}" if "." in owner else f'{owner}={{"init_args": {inner}}}'
 
 
 def _main(verb: str, argv: list[str]) -> int:

@@ -11,12 +11,12 @@ import jsonargparse
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
-from draftsmith.inference.errors import InvalidValue
+from draftsmith.inference.errors import InvalidValue, UserError
 
 # lines of jsonargparse's nested reports that repeat what the others say
 _NOISE = re.compile(
     r"^(Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|Given value( type)?: .*"
-    r"|Expected a <class 'NoneType'>.*|Expected a path but .*|Problems? parsing config.*)$"
+    r"|Expected a <class 'NoneType'>.*|Expected a path but .*)$"
 )
 
 
@@ -25,19 +25,25 @@ def one_line() -> Iterator[None]:
     """Turn errors about the config into InvalidValue; everything else passes."""
     try:
         yield
+    except UserError:
+        raise
     except jsonargparse.ArgumentError as e:
         raise InvalidValue(condense(str(e))) from e
     except OmegaConfBaseException as e:
-        raise InvalidValue(f"config: {' '.join(str(e).split())}") from e
+        raise InvalidValue(f"config: {str(e).strip().splitlines()[0]}") from e
+    except ValueError as e:  # how jsonargparse reports that a class refused its (well-typed) arguments
+        if not str(e).startswith("Does not validate against any of"):
+            raise
+        raise InvalidValue(condense(str(e))) from e
     except MisconfigurationException as e:
         raise InvalidValue(f"trainer: {' '.join(str(e).split())}") from e
     except RuntimeError as e:
         if not str(e).startswith("Error(s) in loading state_dict"):
             raise
-        text = " ".join(str(e).split())
+        faults = [line.strip() for line in str(e).splitlines()[1:]]
         raise InvalidValue(
-            f"the checkpoint does not fit the network of this config ({text[:200]}): resume with the run's own config, "
-            "or start another --run"
+            f"the checkpoint does not fit the network of this config ({faults[0].rstrip('.')}; {len(faults)} such): "
+            "resume with the run's own config, or start another --run"
         ) from e
 
 
@@ -63,9 +69,7 @@ def condense(message: str) -> str:
 
 def _plain(reason: str) -> str:
     reason = re.sub(r"<class '([^']+)'>", r"\1", reason)
-    reason = re.sub(
-        r"^(Option '[^']+' is not accepted|Subcommand '\w+' does not accept option '[^']+')$", _unknown, reason
-    )
+    reason = re.sub(r"^(Option '[^']+' is not accepted|Group '\w+' does not accept option '[^']+')$", _unknown, reason)
     return re.sub(r"^unrecognized arguments: (.*)$", _unknown, reason)
 
 
@@ -74,9 +78,9 @@ def _unknown(match: re.Match[str]) -> str:
 
 
 def _key(reason: str) -> str:
-    quoted = re.findall(r"option '([^']+)'", reason, flags=re.IGNORECASE)
+    quoted = re.findall(r"(?:group|option) '([^']+)'", reason, flags=re.IGNORECASE)
     if quoted:
-        return str(quoted[-1])
+        return ".".join(quoted)
     given = reason.partition(": ")[2].split()
     return given[0].removeprefix("--").partition("=")[0] if given else reason
 

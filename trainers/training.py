@@ -15,7 +15,6 @@ from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressB
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from draftsmith.inference.errors import InvalidState, InvalidValue
 from draftsmith.trainers import runs
@@ -41,7 +40,17 @@ _PARSER = {"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": 
 
 
 class KeepConfig(SaveConfigCallback):
-    """Writes the resolved config into the run folder (Lightning's own goes to the logger's), and the tokenizer."""
+    """Writes the resolved config into the run folder (Lightning's own goes to the logger's), and the tokenizer.
+
+    Only when training really starts: a config that does not fit the run's checkpoint must not replace its own.
+    """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        pass  # where Lightning's would save
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.save_config(trainer, pl_module, "fit")
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         run = Path(trainer.default_root_dir)
@@ -57,6 +66,8 @@ class TrainingCLI(LightningCLI):
     def __init__(self, given: "Given", run: Path | None) -> None:
         self.given, self.run = given, run
         self.resumed: Path | None = None
+        for config in given.configs:
+            _check_yaml(config)
         args = [word for config in given.configs for word in ("--config", str(config))] + given.rest
         super().__init__(
             save_config_callback=KeepConfig if given.verb == "fit" else None,
@@ -93,7 +104,10 @@ class TrainingCLI(LightningCLI):
             callbacks += self._fit_callbacks(
                 saves=asked.enable_checkpointing is not False, logs=asked.logger is not False
             )
-        return super().instantiate_trainer(**forced, **kwargs)
+        try:
+            return super().instantiate_trainer(**forced, **kwargs)
+        except ValueError as e:  # a strategy, accelerator or precision that does not exist
+            raise InvalidValue(f"trainer: {' '.join(str(e).split())}") from e
 
     def _tensorboard(self) -> TensorBoardLogger:
         # events after the resumed step belong to a continuation that died: TensorBoard drops them
@@ -125,19 +139,29 @@ def build_data(config: Path) -> pl.LightningDataModule:
     return data
 
 
-def _build_part(config: Path, part: str, base: type) -> Any:
+def _check_yaml(config: Path) -> dict[str, Any]:
+    """The content of a YAML file. Raises InvalidValue, naming the file and the place, unless it is a mapping."""
     try:
-        content = OmegaConf.to_container(OmegaConf.load(config), resolve=True)
-    except OSError as e:
+        content = yaml.safe_load(config.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as e:
         raise InvalidValue(f"cannot read {config}: {e}") from e
-    except (yaml.YAMLError, OmegaConfBaseException) as e:
-        raise InvalidValue(f"{config} is not a config: {' '.join(str(e).split())}") from e
-    if not isinstance(content, dict) or not isinstance(content.get(part), dict):
+    except yaml.YAMLError as e:
+        place = getattr(e, "problem_mark", None)
+        where = "" if place is None else f", line {place.line + 1}"
+        raise InvalidValue(f"{config}{where}, is not YAML: {getattr(e, 'problem', None) or e}") from e
+    if not isinstance(content, dict):
+        raise InvalidValue(f"{config} is not a config: it holds no keys")
+    return content
+
+
+def _build_part(config: Path, part: str, base: type) -> Any:
+    if not isinstance(_check_yaml(Path(config)).get(part), dict):
         raise InvalidValue(f"{config} has no {part}: part")
     with one_line():
+        content: Any = OmegaConf.to_container(OmegaConf.load(config), resolve=True)
         parser = LightningArgumentParser(exit_on_error=False)
         parser.add_lightning_class_args(base, part, subclass_mode=True)
-        return parser.instantiate_classes(parser.parse_object({part: content[part]}))[part]
+        return parser.instantiate(parser.parse_object({part: content[part]}))[part]
 
 
 class FitCLI(TrainingCLI):
@@ -159,7 +183,7 @@ def fit(given: "Given") -> int:
     quiet()
     first = global_rank() == 0
     run = runs.folder(given.run, given.name)
-    if not given.configs:
+    if not given.configs and not given.asks:
         if given.run is None:
             raise InvalidValue("nothing to train: give -c CONFIG (see 'draftsmith fit --help'), or --run ID to resume")
         given.configs.append(runs.existing(given.run) / runs.CONFIG)

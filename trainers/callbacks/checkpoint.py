@@ -11,10 +11,11 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from draftsmith.inference.errors import InvalidValue, unknown_choice
-from draftsmith.trainers.runs import BEST_NAME, STEP_NAME
+from draftsmith.trainers.runs import BEST_NAME, STEP_NAME, step_of
 
 
 @dataclass(frozen=True)
@@ -34,22 +35,18 @@ class CheckpointConfig:
             raise unknown_choice("checkpoint.mode", self.mode, ("min", "max"))
 
 
-class StepCheckpoint(ModelCheckpoint):
-    """Everything that resuming needs, every n steps and after the last one; the newest `keep` stay."""
+class StepCheckpoint(Checkpoint):
+    """Everything that resuming needs, every n steps and after the last one; the newest `keep` stay.
+
+    A run has one line of steps: after resuming from an older checkpoint the first save removes the newer ones.
+    """
 
     def __init__(self, directory: Path, config: CheckpointConfig) -> None:
-        super().__init__(
-            dirpath=directory,
-            filename=STEP_NAME,
-            auto_insert_metric_name=False,
-            monitor="step",  # the newest are the best
-            mode="max",
-            save_top_k=config.keep,
-            every_n_train_steps=config.every_n_steps,
-            save_on_train_epoch_end=False,
-            enable_version_counter=False,
-        )
+        self.directory = directory
+        self.config = config
+        self.saved = 0  # the step saved last
         self._step_before = -1
+        self._waiting = False  # a save is due, and the data has not come to rest yet
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         self._step_before = trainer.global_step
@@ -58,20 +55,48 @@ class StepCheckpoint(ModelCheckpoint):
         """Whether the running batch made an optimizer step (with gradient accumulation most do not)."""
         return bool(trainer.global_step != self._step_before)
 
-    def save_now(self, trainer: pl.Trainer) -> None:
-        """Save this step unless it is saved already. Every rank must call it."""
-        if trainer.global_step > 0 and self._last_global_step_saved != trainer.global_step:
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+    def save_now(self, trainer: pl.Trainer) -> bool:
+        """Save this step, unless it is saved already, and say True; every rank must call it.
+
+        Data that cannot be interrupted at this moment (`may_checkpoint` False: contract 13) is asked to come to rest;
+        the step at which it has is saved then, without a further call. False meanwhile.
+        """
+        data = trainer.datamodule
+        if not getattr(data, "may_checkpoint", True):
+            if not self._waiting:
+                data.come_to_rest()
+            self._waiting = True
+            return False
+        self._waiting = False
+        self._save(trainer)
+        return True
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        step = trainer.global_step
+        if step <= 0 or step == self.saved:
+            return
+        trainer.save_checkpoint(self.directory / f"{STEP_NAME.format(step=step)}.ckpt")
+        self.saved = step
+        if trainer.is_global_zero:
+            others = sorted(self.directory.glob("step-*.ckpt"), key=step_of)
+            older = [path for path in others if step_of(path) <= step]
+            for path in [*older[: -self.config.keep], *others[len(older) :]]:
+                trainer.strategy.remove_checkpoint(path)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
-        # Always here, right after the step. Lightning's own hook waits for a validation that is due first.
-        due = trainer.global_step % self._every_n_train_steps == 0
+        # Always right after the step, while the loader stands there (ModelCheckpoint lets a due validation go first).
+        due = trainer.global_step % self.config.every_n_steps == 0
         last = 0 < trainer.max_steps <= trainer.global_step
-        if self.stepped(trainer) and (due or last):
+        if self.stepped(trainer) and (due or last or self._waiting):
             self.save_now(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.save_now(trainer)  # runs that end by epochs or time
+        if not getattr(trainer.datamodule, "may_checkpoint", True):
+            rank_zero_warn(
+                "training ended while served requests wait to be learned: the last checkpoint forgets them "
+                "(data.buffer.persist keeps them)"
+            )
+        self._save(trainer)  # also for runs that end by epochs or time
 
 
 def best_checkpoint(directory: Path, config: CheckpointConfig) -> ModelCheckpoint | None:
@@ -111,6 +136,7 @@ class StopSignals(Callback):
         self.saver = saver
         self.agree_every = agree_every
         self.received: int | None = None
+        self._agreed = False  # by all ranks: stop as soon as a checkpoint can be taken
         self.stopping: Stopped | None = None
         self._before: dict[int, Any] = {}
 
@@ -135,13 +161,14 @@ class StopSignals(Callback):
     ) -> None:
         if not self.saver.stepped(trainer):
             return
-        stop = self.received is not None
-        if trainer.world_size > 1:
-            if trainer.global_step % self.agree_every:
-                return
-            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
-        if stop:
-            self.saver.save_now(trainer)
+        if not self._agreed:
+            self._agreed = self.received is not None
+            if trainer.world_size > 1:
+                if trainer.global_step % self.agree_every:
+                    self._agreed = False
+                    return
+                self._agreed = trainer.strategy.reduce_boolean_decision(self._agreed, all=False)
+        if self._agreed and self.saver.save_now(trainer):
             self.stopping = Stopped(self.received or signal.SIGTERM, trainer.global_step)
 
     # It ends at the next hook, so that the step just saved is still logged.
