@@ -31,6 +31,7 @@ def load_engine(
     dtype: str = "auto",
     device: torch.device | str = "cpu",
     max_length: int | None = None,
+    frozen: bool = True,
 ) -> Engine:
     """Load a causal language model for decoding, in eval mode.
 
@@ -39,6 +40,7 @@ def load_engine(
             where there is a native net.
         dtype: to compute in; "auto": as the weights are stored.
         max_length: see `CausalLMConfig.from_hf`; native engine only. Default: what the configuration allows.
+        frozen: the weights will be neither read nor changed, so a native network may re-lay them (`CausalLM.pack`).
     Raises InvalidValue or InvalidType, one line, for whatever is missing, damaged, unknown or would need foreign code.
     """
     directory = Path(path)
@@ -60,7 +62,10 @@ def load_engine(
     headers = {path: read_header(path) for path in files}
     target = DTYPES[dtype] if dtype != "auto" else _stored_dtype(directory, config, headers)
     if native:
-        return NativeEngine(_load_native(directory, config, headers, target, torch.device(device), max_length))
+        net = _load_native(directory, config, headers, target, torch.device(device), max_length)
+        if frozen:
+            net.pack()
+        return NativeEngine(net)
     if max_length is not None:
         raise InvalidValue(f"max_length is a setting of the native engine; {directory} is loaded by the adapter")
     return _load_adapter(directory, target, torch.device(device))
@@ -119,7 +124,7 @@ def _load_native(
             del wanted[_HEAD]
     _check_names(directory, wanted, {alias.get(name, name): shape for name, shape in stored.items()}, bool(alias))
     net = net.to(dtype).to_empty(device=device).eval().requires_grad_(False)
-    net.fuse(copy=False)
+    net.fuse(copy=False)  # each tensor is then read straight to its place in a joint weight
     parameters = dict(net.named_parameters())
     with torch.no_grad():
         for name, tensor in _tensors(headers):

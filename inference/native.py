@@ -17,14 +17,15 @@ from draftsmith.inference.nets.causal_lm import CausalLM
 class NativeEngine:
     """Serves a Llama-family network (llama, mistral, qwen2, qwen3).
 
-    The network's projections are fused (see `CausalLM.fuse`); its parameters keep their names and may be changed in
-    place.
+    The network's projections are fused here unless it was packed before (see `CausalLM.fuse` and `pack`). Of a fused
+    network the parameters keep their names and may be changed in place; they must not be replaced.
     Limits: token ids are checked on the CPU; on an accelerator the check would stall the device, and the caller must.
     """
 
     def __init__(self, net: CausalLM) -> None:
         self.net = net
-        net.fuse()
+        if net.output is None:
+            net.fuse()
         config = net.config
         self._spec = EngineSpec(
             family=config.family,
@@ -74,7 +75,7 @@ class NativeEngine:
         if net.training:
             raise InvalidState("the network is in train mode: call eval() (dropout breaks exactness)")
         check_inputs(self._spec, tokens, embeds, cache, aux_layers)
-        if not net.blocks[0].is_fused():  # after deepcopy, for example
+        if net.output is None:  # a copy
             net.fuse()
         try:
             with torch.inference_mode():

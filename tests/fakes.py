@@ -125,6 +125,7 @@ def chi_square(counts: Tensor, probs: Tensor, *, level: float = 0.001, power: fl
     total = float(counts.sum())
     if float(counts[probs <= 0].sum()) > 0:  # an impossible string was seen: no chi-square needed
         return ChiSquare(math.inf, 0, 0.0, 1 / total)
+    counts, probs = counts[probs > 0], probs[probs > 0]
     order = probs.argsort(descending=True)
     counts, expected = counts[order], probs[order] / probs.sum() * total
     keep = int((expected >= 5).sum())

@@ -3,16 +3,18 @@
 Shape letters: B batch, n new tokens, C cache slots up to the longest row, D width, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from draftsmith.inference.cache import StaticCache
-from draftsmith.inference.errors import InvalidValue
+from draftsmith.inference.errors import InvalidState, InvalidValue
+from draftsmith.inference.nets.matrices import Matrix, matrix, packed, suits_one_dnn
 from draftsmith.inference.nets.rope import RopeTable, rope_frequencies
 from draftsmith.inference.nets.transformer import Block, BlockConfig, RMSNorm, plan_step
 
@@ -140,6 +142,9 @@ class CausalLM(nn.Module):
         self.config = config
         self.model = Backbone(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.output: Matrix | None = None  # the head, after `fuse` or `pack`
+        self.packed = False
+        self._windows = tuple(dict.fromkeys(config.windows))
         block = config.block
         self.rope = RopeTable(
             partial(rope_frequencies, config.rope, block.head_dim, config.max_positions, config.max_length)
@@ -147,32 +152,76 @@ class CausalLM(nn.Module):
         self.register_load_state_dict_post_hook(lambda net, _: net.mend())  # type: ignore[no-untyped-call]  # torch's
         self.mend()
 
-    def mend(self) -> None:
-        """Tie the head again, and fuse again what was fused, after parameters were replaced."""
-        if self.config.tied:
-            self.lm_head.weight = self.model.embed_tokens.weight
-        for block in self.blocks:
-            if block.ever_fused and not block.is_fused():
-                block.fuse()
-
     @property
     def blocks(self) -> list[Block]:
         return list(self.model.layers)  # type: ignore[arg-type]  # a ModuleList is typed as a list of Module
 
-    def fuse(self, copy: bool = True) -> None:
-        """Make the projections that read the same input views of one weight each (a faster forward, the same memory).
+    # -----------------------------------------------------------------------------------------------------------------
+    # Serving forms
 
-        `copy=False` leaves the new weights unset, for a loader that fills them next.
+    def fuse(self, copy: bool = True) -> None:
+        """Make the projections that read the same input views of one weight each: faster passes in the same memory.
+
+        Parameters keep their names and may be changed in place. `copy=False` leaves the joint weights unset, for a
+        loader that fills the parameters next.
         """
         for block in self.blocks:
             block.fuse(copy)
+        self.output = matrix(self.lm_head.weight, None)
+
+    def pack(self) -> None:
+        """Fuse, and on the CPU in float32 re-lay the large matrices for oneDNN, in place of their parameters.
+
+        From then on the network can be run, but its weights can be neither read nor changed.
+        """
+        for block in self.blocks:
+            block.pack()
+        if not self.config.tied and suits_one_dnn(self.lm_head.weight):
+            self.output = packed(self.lm_head.weight, None)
+            self.lm_head.register_parameter("weight", None)
+            self.packed = True
+        else:  # a tied head is the embedding, which has to stay readable
+            self.output = matrix(self.lm_head.weight, None)
+        self.packed = self.packed or any(block.packed for block in self.blocks)
+
+    def mend(self) -> None:
+        """Tie the head again, and fuse again what was fused, after parameters were replaced."""
+        if self.config.tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        if self.output is not None:
+            self.fuse()
+
+    def _check_readable(self) -> None:
+        if self.packed:
+            raise InvalidState(
+                "the network is packed for serving and has no readable weights: load it with frozen=False"
+            )
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of every module. Raises InvalidState for a packed network."""
+        self._check_readable()
+        return super().state_dict(*args, **kwargs)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of every module. Raises InvalidState for a packed network."""
+        self._check_readable()
+        return super().named_parameters(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CausalLM":
+        self._check_readable()
         if self.config.tied:
             self.lm_head.register_parameter("weight", None)  # else the embedding is converted twice
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
         self.mend()
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: a copy's parameters are its own, so it has to fuse anew."""
+        self._check_readable()
+        return self.__dict__ | {"output": None}
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Passes
 
     def forward(
         self,
@@ -193,7 +242,7 @@ class CausalLM(nn.Module):
         block = config.block
         step = plan_step(
             self.rope,
-            config.windows,
+            self._windows,
             block.num_heads // block.num_kv_heads,
             batch,
             n,
@@ -218,4 +267,6 @@ class CausalLM(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., D]."""
-        return F.linear(hidden, self.lm_head.weight)
+        if self.output is None or (torch.is_grad_enabled() and not self.packed):
+            return F.linear(hidden, self.lm_head.weight)
+        return self.output(hidden)

@@ -63,7 +63,7 @@ class RopeTable:
     def __init__(self, frequencies: Callable[[], tuple[Tensor, float]]) -> None:
         self._frequencies = frequencies
         self._known: tuple[Tensor, float] | None = None
-        self._table: tuple[Tensor, Tensor] | None = None  # [length, d] each
+        self._table: tuple[Tensor, Tensor] | None = None  # [length, 1, d] each
 
     def at(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos, sin [..., d] at any integer positions [...], computed in float32 on their device and then cast."""
@@ -76,10 +76,10 @@ class RopeTable:
         return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
 
     def upto(self, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos, sin [>= length, d] of the positions 0, 1, ..."""
+        """cos, sin [>= length, 1, d] of the positions 0, 1, ..., to be sliced or indexed and broadcast over heads."""
         table = self._table
         if table is None or table[0].shape[0] < length or table[0].dtype != dtype or table[0].device != device:
             size = 1 << max(8, (length - 1).bit_length())
             with torch.inference_mode(False):
-                table = self._table = self.at(torch.arange(size, device=device), dtype)
+                table = self._table = self.at(torch.arange(size, device=device).unsqueeze(1), dtype)
         return table

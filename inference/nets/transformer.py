@@ -3,21 +3,24 @@
 Shape letters: B batch, n new tokens, C cache slots up to the longest row, D width, H query heads, G key/value heads,
 d head width, F feed-forward width, V vocabulary. Parameter names are those of transformers.
 
-Serving wants few calls per layer: the residual stream is one matrix [B*n, D]; q, k and v (gate and up) are read from
-one matrix each, of which the named parameters are views (`fuse`); everything that all layers share in a pass is
-computed once and travels as `Step`. Under autograd the parameters are used one by one, so the blocks can be trained.
+Serving wants few calls per layer: the residual stream is one matrix [B*n, D]; q, k and v (gate and up) are one product;
+everything that all layers share in a pass is computed once and travels as `Step`; modules hold parameters under their
+names, and a block reads them through one flat record (`Weights`). Without `fuse` or `pack`, and under autograd, that
+record is made from the parameters in each pass, so blocks can be trained.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from draftsmith.inference.cache import StaticCache
-from draftsmith.inference.errors import InvalidValue
+from draftsmith.inference.errors import InvalidState, InvalidValue
 from draftsmith.inference.nets.masks import additive, beyond_window, check_mask, unseen
+from draftsmith.inference.nets.matrices import Matrix, fused, joined, packed, suits_one_dnn
 from draftsmith.inference.nets.rope import RopeTable
 
 
@@ -58,7 +61,7 @@ class Step:
 
     batch: int
     n: int
-    cos: Tensor  # [B or 1, n, 1, d]
+    cos: Tensor  # [n, 1, d] or [B, n, 1, d]
     sin: Tensor
     end: int  # C
     cache: StaticCache | None = None
@@ -68,7 +71,7 @@ class Step:
 
 def plan_step(
     rope: RopeTable,
-    windows: Sequence[int | None],
+    windows: Iterable[int | None],
     group: int,  # H / G
     batch: int,
     n: int,
@@ -84,27 +87,27 @@ def plan_step(
     causal rule; the windows are then counted in positions, so that the nodes of a tree see what they would see on the
     straight path. Raises InvalidValue for a full cache and a mask of the wrong shape or type.
     """
-    if cache is None:
-        start, even = 0, True
-    else:
+    start, slots, length = 0, None, n
+    if cache is not None:
         cache.reserve(n)
-        start, even = cache.longest, cache.even
+        start, length = cache.longest, cache.capacity
+        if not cache.even:
+            slots = cache.positions(n)
     end = start + n
-    slots = None if even else cache.positions(n) if cache is not None else None
-    cos, sin = rope.upto(cache.capacity if cache is not None else end, dtype, device)
+    cos, sin = rope.upto(length, dtype, device)
     if positions is not None:
         if positions.shape[-1] != n or positions.dim() != 2:
             raise InvalidValue(f"positions must be int64 [{batch}, {n}], got {tuple(positions.shape)}")
-        cos, sin = rope.at(positions, dtype)
+        cos, sin = rope.at(positions.unsqueeze(2), dtype)
     elif slots is not None:
         cos, sin = cos[slots], sin[slots]
     else:
-        cos, sin = cos[start:end].unsqueeze(0), sin[start:end].unsqueeze(0)
-    step = Step(batch, n, cos.unsqueeze(2), sin.unsqueeze(2), end, cache, slots)
+        cos, sin = cos.narrow(0, start, n), sin.narrow(0, start, n)
+    step = Step(batch, n, cos, sin, end, cache, slots)
     if mask is not None:
         check_mask(mask, n, end)
         mask = mask.to(dtype)
-    for window in set(windows):
+    for window in windows:
         limit = None if window is None or window >= end else window
         first, causal, seen = 0, False, mask
         if mask is not None:
@@ -126,39 +129,6 @@ def plan_step(
 # Blocks
 
 
-def fuse_linears(linears: Sequence[nn.Linear], copy: bool = True) -> tuple[Tensor, Tensor | None]:
-    """One weight [sum of outs, in] (and bias) of which the linears' parameters become views; without `copy` unset."""
-
-    def join(parameters: list[Tensor]) -> Tensor:
-        first = parameters[0]
-        size = sum(p.shape[0] for p in parameters)
-        with torch.inference_mode(False), torch.no_grad():
-            joint = torch.empty((size, *first.shape[1:]), dtype=first.dtype, device=first.device)
-            start = 0
-            for parameter in parameters:
-                part = joint.narrow(0, start, parameter.shape[0])
-                if copy:
-                    part.copy_(parameter)
-                parameter.data = part
-                start += parameter.shape[0]
-        return joint
-
-    weight = join([x.weight for x in linears])
-    return weight, None if linears[0].bias is None else join([x.bias for x in linears])
-
-
-def are_views(fused: tuple[Tensor, Tensor | None] | None, linears: Sequence[nn.Linear]) -> bool:
-    """Whether the parameters still are the views that `fuse_linears` made: `.to`, deepcopy, assignment part them."""
-    if fused is None or fused[0].device != linears[0].weight.device:
-        return False
-    place, step = fused[0].data_ptr(), fused[0].element_size() * fused[0].shape[1]
-    for linear in linears:
-        if linear.weight.data_ptr() != place:
-            return False
-        place += step * linear.out_features if place else 0  # meta tensors all lie at 0
-    return True
-
-
 class RMSNorm(nn.Module):
     """x / rms(x) * weight (arXiv:1910.07467)."""
 
@@ -168,111 +138,52 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return torch.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention over a static cache, or over the pass's own tokens when there is none."""
+    """Holds the parameters of grouped-query attention."""
 
-    def __init__(self, config: BlockConfig, layer: int, window: int | None) -> None:
+    def __init__(self, config: BlockConfig) -> None:
         super().__init__()
-        self.layer = layer
-        self.window = window
-        self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        wide, narrow = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        wide, narrow = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, wide, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, narrow, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, narrow, bias=config.qkv_bias)
         self.o_proj = nn.Linear(wide, config.hidden_size, bias=config.o_bias)
-        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
-        self.fused: tuple[Tensor, Tensor | None] | None = None
-
-    def fuse(self, copy: bool = True) -> None:
-        """Make q, k and v views of one weight."""
-        self.fused = fuse_linears([self.q_proj, self.k_proj, self.v_proj], copy)
-
-    def is_fused(self) -> bool:
-        """Whether the parameters still are the views that `fuse` made."""
-        return are_views(self.fused, [self.q_proj, self.k_proj, self.v_proj])
-
-    def forward(self, x: Tensor, step: Step) -> Tensor:
-        """x [B*n, D], normed -> the heads' outputs [B*n, H*d], before `o_proj`."""
-        if self.fused is None or torch.is_grad_enabled():
-            projected = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), -1)
-        else:
-            projected = F.linear(x, *self.fused)
-        batch, n, heads, kv_heads = step.batch, step.n, self.heads, self.kv_heads
-        qkv = projected.view(batch, n, heads + 2 * kv_heads, self.head_dim)
-        turned = heads + kv_heads
-        if self.q_norm is not None and self.k_norm is not None:
-            qkv = torch.cat(
-                (self.q_norm(qkv[:, :, :heads]), self.k_norm(qkv[:, :, heads:turned]), qkv[:, :, turned:]), 2
-            )
-        qk = qkv.narrow(2, 0, turned)
-        swapped = qk.roll(self.head_dim // 2, -1)  # the halves change places
-        qk.mul_(step.cos).addcmul_(swapped, step.sin)
-        view = step.views[self.window]
-        if step.cache is None:
-            keys, values = (
-                qkv.narrow(2, heads, kv_heads).transpose(1, 2),
-                qkv.narrow(2, turned, kv_heads).transpose(1, 2),
-            )
-            if view.first:
-                keys, values = keys[:, :, view.first :], values[:, :, view.first :]
-        else:
-            step.cache.write_joint(self.layer, qkv.narrow(2, heads, 2 * kv_heads), step.slots)
-            length = step.end - view.first
-            keys = step.cache.keys[self.layer].narrow(2, view.first, length)
-            values = step.cache.values[self.layer].narrow(2, view.first, length)
-        q = qkv.narrow(2, 0, heads)
-        if heads == kv_heads or view.causal:
-            out = F.scaled_dot_product_attention(
-                q.transpose(1, 2), keys, values, view.mask, is_causal=view.causal, enable_gqa=heads != kv_heads
-            )
-            return out.transpose(1, 2).reshape(batch * n, heads * self.head_dim)
-        # The queries that share a key head become the rows of one attention: no key is repeated in memory, and every
-        # kernel takes it (with `enable_gqa` and a mask most fall back to the slow one).
-        group = heads // kv_heads
-        q = q.view(batch, n, kv_heads, group, self.head_dim).permute(0, 2, 3, 1, 4)
-        out = F.scaled_dot_product_attention(
-            q.reshape(batch, kv_heads, group * n, self.head_dim), keys, values, view.packed
-        )
-        out = out.view(batch, kv_heads, group, n, self.head_dim).permute(0, 3, 1, 2, 4)
-        return out.reshape(batch * n, heads * self.head_dim)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
 
 class MLP(nn.Module):
-    """down(act(gate(x)) * up(x)) without the last product."""
+    """Holds the parameters of down(act(gate(x)) * up(x))."""
 
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.act: Callable[[Tensor], Tensor] = F.silu if config.activation == "silu" else activation(config.activation)
-        self.fused: tuple[Tensor, Tensor | None] | None = None
 
-    def fuse(self, copy: bool = True) -> None:
-        """Make gate and up views of one weight."""
-        self.fused = fuse_linears([self.gate_proj, self.up_proj], copy)
 
-    def is_fused(self) -> bool:
-        """Whether the parameters still are the views that `fuse` made."""
-        return are_views(self.fused, [self.gate_proj, self.up_proj])
+@dataclass(slots=True)
+class Weights:
+    """A block's parameters as a pass reads them."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B*n, D], normed -> [B*n, F], before `down_proj`."""
-        if self.fused is None or torch.is_grad_enabled():
-            gate, up = self.gate_proj(x), self.up_proj(x)
-        else:
-            gate, up = F.linear(x, *self.fused).chunk(2, -1)
-        inner: Tensor = self.act(gate) * up
-        return inner
+    attention_norm: Tensor  # [D]
+    qkv: Matrix  # D -> (H + 2G) * d
+    q_norm: Tensor | None  # [d]
+    k_norm: Tensor | None
+    out: Matrix  # H * d -> D
+    mlp_norm: Tensor  # [D]
+    gate_up: Matrix  # D -> 2F
+    down: Matrix  # F -> D
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
     """transformers' activation of that name. Raises InvalidValue for an unknown one."""
+    if name == "silu":
+        return F.silu
     from transformers.activations import ACT2FN
 
     if name not in ACT2FN:
@@ -281,39 +192,113 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     return act
 
 
-def add_linear(x: Tensor, linear: nn.Linear, inner: Tensor) -> Tensor:
-    """x + linear(inner), in one call where there is no bias. x: [N, out], inner: [N, in]."""
-    if linear.bias is None:
-        return torch.addmm(x, inner, linear.weight.t())
-    added: Tensor = x + linear(inner)
-    return added
-
-
 class Block(nn.Module):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
     def __init__(self, config: BlockConfig, layer: int, window: int | None = None) -> None:
         super().__init__()
-        self.self_attn = Attention(config, layer, window)
+        self.config, self.layer, self.window = config, layer, window
+        self.self_attn = Attention(config)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.act = activation(config.activation)
+        self.weights: Weights | None = None  # after `fuse` or `pack`
+        self.packed = False
+
+    def _groups(self) -> tuple[list[nn.Linear], ...]:
+        """The linears of qkv, out, gate_up and down."""
+        a, m = self.self_attn, self.mlp
+        return [a.q_proj, a.k_proj, a.v_proj], [a.o_proj], [m.gate_proj, m.up_proj], [m.down_proj]
+
+    def _record(self, make: Callable[[list[nn.Linear]], Matrix]) -> Weights:
+        qkv, out, gate_up, down = (make(linears) for linears in self._groups())
+        normed = self.config.qk_norm
+        return Weights(
+            attention_norm=self.input_layernorm.weight,
+            qkv=qkv,
+            q_norm=self.self_attn.q_norm.weight if normed else None,
+            k_norm=self.self_attn.k_norm.weight if normed else None,
+            out=out,
+            mlp_norm=self.post_attention_layernorm.weight,
+            gate_up=gate_up,
+            down=down,
+        )
 
     def fuse(self, copy: bool = True) -> None:
-        """Make the projections that read the same input views of one weight each."""
-        self.self_attn.fuse(copy)
-        self.mlp.fuse(copy)
+        """Make the projections that read the same input views of one weight each; unset without `copy`.
 
-    @property
-    def ever_fused(self) -> bool:
-        return self.self_attn.fused is not None
+        Changes in place of the parameters are seen; parameters that are replaced need a new `fuse`.
+        """
+        self.weights = self._record(lambda linears: fused(linears, copy))
 
-    def is_fused(self) -> bool:
-        """Whether all parameters still are the views that `fuse` made."""
-        return self.self_attn.is_fused() and self.mlp.is_fused()
+    def pack(self) -> None:
+        """Re-lay the large matrices for serving and give up their parameters: the block can only be run from now on."""
+
+        def make(linears: list[nn.Linear]) -> Matrix:
+            whole = fused(linears)
+            if not suits_one_dnn(whole.weight):
+                return whole
+            relaid = packed(whole.weight, whole.bias)
+            for linear in linears:
+                linear.register_parameter("weight", None)
+                linear.register_parameter("bias", None)
+            self.packed = True
+            return relaid
+
+        self.weights = self._record(make)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: a copy's parameters are its own, so it has to fuse anew."""
+        if self.packed:
+            raise InvalidState("a packed network cannot be copied: load it with frozen=False")
+        return self.__dict__ | {"weights": None}
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """x [B*n, D] -> [B*n, D]; writes this layer's keys and values into the step's cache."""
-        attention, mlp = self.self_attn, self.mlp
-        x = add_linear(x, attention.o_proj, attention(self.input_layernorm(x), step))
-        return add_linear(x, mlp.down_proj, mlp(self.post_attention_layernorm(x)))
+        weights, eps = self.weights, self.config.norm_eps
+        if weights is None or (torch.is_grad_enabled() and not self.packed):
+            weights = self._record(joined)
+        normed = torch.rms_norm(x, weights.attention_norm.shape, weights.attention_norm, eps)
+        x = weights.out.plus(x, self._attend(weights, normed, step))
+        normed = torch.rms_norm(x, weights.mlp_norm.shape, weights.mlp_norm, eps)
+        gate, up = weights.gate_up(normed).chunk(2, -1)
+        return weights.down.plus(x, self.act(gate) * up)
+
+    def _attend(self, weights: Weights, x: Tensor, step: Step) -> Tensor:
+        """Grouped-query attention over the cache, or over the pass's own tokens: x [B*n, D], normed -> [B*n, H*d]."""
+        config, batch, n = self.config, step.batch, step.n
+        heads, kv_heads, width = config.num_heads, config.num_kv_heads, config.head_dim
+        turned = heads + kv_heads
+        qkv = weights.qkv(x).view(batch, n, turned + kv_heads, width)
+        if weights.q_norm is not None and weights.k_norm is not None:
+            q = torch.rms_norm(qkv[:, :, :heads], weights.q_norm.shape, weights.q_norm, config.norm_eps)
+            k = torch.rms_norm(qkv[:, :, heads:turned], weights.k_norm.shape, weights.k_norm, config.norm_eps)
+            qkv = torch.cat((q, k, qkv[:, :, turned:]), 2)
+        qk = qkv.narrow(2, 0, turned)
+        swapped = qk.roll(width // 2, -1)  # the halves change places
+        qk.mul_(step.cos).addcmul_(swapped, step.sin)
+        view = step.views[self.window]
+        if step.cache is None:
+            keys, values = qkv.narrow(2, heads, 2 * kv_heads).transpose(1, 2).chunk(2, 1)
+            if view.first:
+                keys, values = keys[:, :, view.first :], values[:, :, view.first :]
+        else:
+            step.cache.write_joint(self.layer, qkv.narrow(2, heads, 2 * kv_heads), step.slots)
+            keys = step.cache.keys[self.layer].narrow(2, view.first, step.end - view.first)
+            values = step.cache.values[self.layer].narrow(2, view.first, step.end - view.first)
+        q = qkv.narrow(2, 0, heads)
+        if n == 1:  # the queries that share a key head are the rows of one attention
+            q = q.view(batch, kv_heads, heads // kv_heads, width)
+            return F.scaled_dot_product_attention(q, keys, values, view.mask).reshape(batch, heads * width)
+        if heads == kv_heads or view.causal:
+            q = q.transpose(1, 2)
+            grouped = heads != kv_heads
+            out = F.scaled_dot_product_attention(q, keys, values, view.mask, is_causal=view.causal, enable_gqa=grouped)
+            return out.transpose(1, 2).reshape(batch * n, heads * width)
+        # As for one token: no key is repeated in memory, and every kernel takes it (with `enable_gqa` and a mask most
+        # fall back to the slow one).
+        q = q.view(batch, n, kv_heads, heads // kv_heads, width).permute(0, 2, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q.reshape(batch, kv_heads, -1, width), keys, values, view.packed)
+        out = out.view(batch, kv_heads, heads // kv_heads, n, width).permute(0, 3, 1, 2, 4)
+        return out.reshape(batch * n, heads * width)

@@ -59,7 +59,7 @@ def test_native_directories(which: str, shards: str, tmp_path: Path, request: py
     engine = load_engine(tmp_path)
     assert isinstance(engine, NativeEngine)
     assert not engine.training
-    assert all(block.is_fused() for block in engine.net.blocks)
+    assert all(block.weights is not None for block in engine.net.blocks)
     assert not any(p.requires_grad for p in engine.net.parameters())
     assert (engine.net.lm_head.weight is engine.net.model.embed_tokens.weight) == (which == "tied")
     ids = tokens(2, 9)

@@ -151,11 +151,12 @@ def test_fused_projections_keep_names_values_and_memory(pairs: Any) -> None:
     after = net.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], x) for name, x in before.items())
-    attention = net.blocks[0].self_attn
-    weight, bias = attention.fused or (None, None)
-    assert weight is not None and bias is not None
-    assert attention.k_proj.weight.data_ptr() == weight[32:].data_ptr()
-    assert attention.v_proj.bias.data_ptr() == bias[48:].data_ptr()
+    block = net.blocks[0]
+    attention, weights = block.self_attn, block.weights
+    assert weights is not None and weights.qkv.bias is not None
+    assert attention.k_proj.weight.data_ptr() == weights.qkv.weight[32:].data_ptr()
+    assert attention.v_proj.bias.data_ptr() == weights.qkv.bias[48:].data_ptr()
+    assert block.mlp.up_proj.weight.data_ptr() == weights.gate_up.weight[56:].data_ptr()
 
 
 def test_in_place_changes_reach_the_fused_weights(pairs: Any) -> None:
@@ -185,7 +186,9 @@ def test_copies_conversions_and_loads_keep_fusion_and_ties(case: str, pairs: Any
     copied.net.load_state_dict(model.state_dict(), assign=True)
     close(logits(copied, ids), want)
     copied.net.double().float()
-    assert all(block.is_fused() for block in copied.net.blocks)
+    for block in copied.net.blocks:
+        assert block.weights is not None
+        assert block.weights.qkv.weight.data_ptr() == block.self_attn.q_proj.weight.data_ptr()
     assert (copied.net.lm_head.weight is copied.net.model.embed_tokens.weight) == ("tied" in case)
     close(logits(copied, ids), want)
 

@@ -1,0 +1,91 @@
+"""The scripts in benchmarks/: acceptance is what was set, peers meet the same draft, memory is what the draft owns."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import memory, sizes
+from draftsmith.inference.decoders.autoregressive import AutoregressiveDecoder
+from draftsmith.inference.load_engine import load_engine
+from draftsmith.inference.metrics import count
+from draftsmith.inference.peers import TransformersPeers, quiet
+from draftsmith.inference.requests import TokenRequest
+
+TINY = sizes.SIZES["tiny"]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    with quiet():
+        return sizes.write_models(tmp_path_factory.mktemp("sizes"), "tiny")
+
+
+def prompts(rows: int) -> list[list[int]]:
+    return [[(17 * row + 5 * i + row * i) % TINY.vocab for i in range(32)] for row in range(rows)]
+
+
+def scripts(target: Any, rows: int, new: int, alpha: float) -> sizes.Scripts:
+    requests = [TokenRequest(p, max_new_tokens=new, row_id=i) for i, p in enumerate(prompts(rows))]
+    return sizes.Scripts(prompts(rows), AutoregressiveDecoder(target).decode(requests).output, alpha, TINY.vocab)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.6, 1.0])
+def test_measured_acceptance_is_the_set_one_and_the_output_is_exact(pair: tuple[Path, Path], alpha: float) -> None:
+    target, draft = load_engine(pair[0]), load_engine(pair[1])
+    table = scripts(target, 8, 160, alpha)
+    requests = [TokenRequest(p, max_new_tokens=160, row_id=i) for i, p in enumerate(prompts(8))]
+    result = sizes._constant(target, draft, table, 4).decode(requests)
+    assert result.output == AutoregressiveDecoder(target).decode(requests).output
+    found = count(result.rounds)
+    assert found.accepted_rate == pytest.approx(alpha, abs=0.05)
+    assert result.nfe["draft"] > 0  # the network was paid for
+
+
+def test_transformers_assistant_meets_the_same_corruptions(pair: tuple[Path, Path]) -> None:
+    """Same script, same g: as many target calls as ours, and the same tokens."""
+    target, draft = load_engine(pair[0]), load_engine(pair[1])
+    table = scripts(target, 2, 64, 0.7)
+    peers = TransformersPeers(pair[0], pair[1], dtype=torch.float32, g=4)
+    peers.draft = sizes.scripted_assistant(pair[1], table)
+    calls = []
+    peers.target.register_forward_hook(lambda *_: calls.append(1))
+    for row, prompt in enumerate(prompts(2)):
+        request = [TokenRequest(prompt, max_new_tokens=64, row_id=row)]
+        ours = sizes._constant(target, draft, table, 4).decode(request)
+        calls.clear()
+        with quiet():
+            theirs = peers.decode("hf_assisted_constant", [prompt], 64, seed=0)
+        assert theirs == ours.output
+        assert abs(len(calls) - ours.nfe["target"]) <= 1
+
+
+def test_sizes_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "sizes.json"
+    line = ["--sizes", "tiny", "--alpha", "0.8", "--batch", "1,2", "--max-new-tokens", "24", "--repetitions", "1"]
+    assert sizes.main([*line, "--prompts", "2", "--json", str(out)]) == 0
+    shown = capsys.readouterr().out
+    made = json.loads(out.read_text())["sizes"][0]
+    assert made["size"] == "tiny" and made["parameters"]["target"] > made["parameters"]["draft"]
+    table = made["tables"][0]
+    assert set(table["summary"]["batches"]) == {"1", "2"} and table["forecast"]["batches"]["2"]["costs"]["batch"] == 2
+    for block in table["batches"]:
+        rows = {row["name"]: row for row in block["rows"]}
+        assert {"plain", "speculative", "speculative_auto", "hf_generate"} <= set(rows)
+        assert all(row["same_as_plain"]["equal"] == row["same_as_plain"]["of"] for row in rows.values())
+    spent = table["milliseconds_per_round"]
+    assert spent["plain"]["draft"] == 0.0 and min(spent["speculative"].values()) > 0.0
+    assert "speculative, ms per round: target" in shown
+
+
+@pytest.mark.slow
+def test_peak_memory_is_what_the_draft_owns(tmp_path: Path) -> None:
+    """A draft of 70 MiB, so that the allocator's few MiB do not decide; the claim is at most 5% more than it owns."""
+    with quiet():
+        target = sizes.write_model(tmp_path / "target", 2048, 256, 4, 512, 4, seed=0)
+        draft = sizes.write_model(tmp_path / "draft", 2048, 512, 6, 1408, 8, seed=1)
+    found = memory.compare(target, draft, batch=2, prompt=32, new=16, g=4, repetitions=1)
+    assert found["draft_weights"] > 60 * memory.MIB
+    assert 0.9 <= found["extra_over_owned"] <= 1.05, found
