@@ -7,8 +7,9 @@ The claim that is checked: what speculative decoding takes beyond plain decoding
 caches (its own, and the few more slots of the target's) plus 5%. Read is the private resident memory (RssAnon: what the
 process cannot give back; pages of mapped files come and go with the kernel's mood), about a thousand times a second
 from a thread, while decoding. Both processes import the same modules, and glibc is told (MALLOC_MMAP_THRESHOLD_) to
-give freed buffers back: what it would keep of loading is no need of decoding. With a small draft the allocator's grain
-(a few MiB) is more than 5% of what the draft owns: the share of plain decoding's peak is given too.
+give freed buffers back: what it would keep of loading is no need of decoding. oneDNN keeps a compiled kernel for every
+shape it meets (some MiB in all), which is more than 5% of what a small draft owns: so the excess is given as a share
+of plain decoding's peak.
 """
 
 import argparse
