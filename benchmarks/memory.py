@@ -5,7 +5,7 @@
 
 The claim that is checked: what speculative decoding takes beyond plain decoding is at most the draft's weights and
 caches (its own, and the few more slots of the target's) plus 5%. Read is the private resident memory (RssAnon: what the
-process cannot give back; pages of mapped files come and go with the kernel's mood), about a thousand times a second
+process cannot give back; pages of mapped files come and go with the kernel's mood), about a hundred times a second
 from a thread, while decoding. Both processes import the same modules, and glibc is told (MALLOC_MMAP_THRESHOLD_) to
 give freed buffers back: what it would keep of loading is no need of decoding. oneDNN keeps a compiled kernel for every
 shape it meets (some MiB in all), which is more than 5% of what a small draft owns: so the excess is given as a share
@@ -45,7 +45,7 @@ class Peak:
         self._read()
 
     def _watch(self) -> None:
-        while not self._done.wait(0.001):
+        while not self._done.wait(0.01):
             self._read()
 
     def _read(self) -> None:
