@@ -157,7 +157,7 @@ def law(logits: Tensor, params: SamplingParams, counts: TokenCounts | None = Non
         drop = thin if drop is None else drop | thin
     if drop is not None:
         probs = probs.masked_fill(drop, 0.0)
-    # also without a filter: over 10^5 entries softmax sums to 1 only within 1e-5 (it adds up in float32, one by one),
+    # also without a filter: over 10^5 entries softmax can miss a sum of 1 by 1e-4 (it adds up in float32, one by one),
     # and an acceptance test with such laws would miss the target's by as much; `sum` adds in pairs
     return probs.div_(probs.sum(-1, keepdim=True))
 
