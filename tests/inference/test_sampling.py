@@ -183,7 +183,7 @@ def test_penalties_without_counts_are_an_error() -> None:
 
 
 def test_laws_over_a_large_vocabulary_sum_to_one() -> None:
-    """torch's softmax (2.13, CPU) misses 1 by 2e-4 here; acceptance tests with such laws would miss the target's law."""
+    """torch's softmax (2.13, CPU) misses 1 by 2e-4 here, and acceptance with such laws would miss as much."""
     logits = torch.zeros(1, 1, 152_000)
     logits[..., :100] = 8.0
     for params in (SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, top_p=0.999)):
