@@ -22,7 +22,19 @@ SOURCES = ("inference/**/*.py", "data/**/*.py", "modules/**/*.py", "trainers/**/
 DECODING = tuple(
     f"inference/{name}.py"
     for name in (
-        *("decoders/*", "drafters/*", "nets/*", "acceptance", "sampling", "stopping", "draft_length", "cache", "rng"),
+        *(
+            "decoders/*",
+            "drafters/*",
+            "nets/*",
+            "acceptance",
+            "sampling",
+            "stopping",
+            "draft_length",
+            "cache",
+            "rng",
+            "engine",
+            "feeding",
+        ),
         *("native", "hf_adapter", "requests", "metrics", "costs", "forecast"),
     )
 )

@@ -9,6 +9,8 @@ output is a pure function of the figure files and those sources, so `--check` ca
 
 import argparse
 import json
+import operator
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +25,9 @@ HEAD = f"""# Measured figures
 
 Rendered by `{COMMAND}` from `docs/figures/*.json`, which `make acceptance` writes; not edited by hand.
 A row marked **stale** was measured before the named source files changed: measure it again before you quote it.
+A row marked **missed** is outside what was needed of it.
 """
+COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 BEGIN = f"<!-- decoders: rendered by {COMMAND} -->\n"
 END = "<!-- end of decoders -->"
 
@@ -75,6 +79,14 @@ def flatten(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield prefix + name, {"value": value}
 
 
+def misses(figure: Mapping[str, Any]) -> bool:
+    """Whether a number is outside a need of the form ">= 1.3" (or >, <, <=); needs in words are not judged."""
+    found = re.fullmatch(r"(>=|<=|>|<) *([-+.0-9e]+)", str(figure.get("need", "")))
+    if found is None or isinstance(figure["value"], bool) or not isinstance(figure["value"], int | float):
+        return False
+    return not COMPARE[found[1]](figure["value"], float(found[2]))
+
+
 def _decoders() -> str:
     lines = ["| Decoder | What it does | Keeps the target's law | Parts |", "|---|---|---|---|"]
     for entry in map(registry.get, registry.names()):
@@ -91,8 +103,9 @@ def _section(system: str, runs: Sequence[Mapping[str, Any]], root: Path) -> str:
     notes = []
     for number, run in enumerate(runs, 1):
         changed = changed_files(run, root)
-        state = f"**stale**: {_some(changed)}" if changed else "current"
+        age = f"**stale**: {_some(changed)}" if changed else "current"
         for name, figure in flatten(run["figures"]):
+            state = f"**missed**, {age}" if misses(figure) else age
             cells = (name, _value(figure), _interval(figure), figure.get("need", ""), f"[{number}]", state)
             rows.append((name, "| " + " | ".join(_cell(c) for c in cells) + " |"))
         notes.append(f"[{number}] {_provenance(run)}")

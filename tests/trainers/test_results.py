@@ -1,6 +1,7 @@
 """Figures: recorded with what they measured, merged, rendered the same way twice, stale when sources change."""
 
 import json
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -106,6 +107,18 @@ def test_render_is_complete_and_deterministic(repository: Path) -> None:
     assert "seeds 0, 1" in text and " cores, torch " in text
 
 
+@pytest.mark.parametrize(
+    ("value", "need", "missed"),
+    [
+        *[(1.2, ">= 1.3", True), (1.3, ">= 1.3", False), (6.6e-6, "< 1e-6", True), (6.6e-9, "< 1e-6", False)],
+        *[(480, "<= 480", False), (0.0005, "> 0.001", True), (1.0, "below static", False), ("text", "> 1", False)],
+    ],
+)
+def test_a_figure_outside_its_need_is_marked(repository: Path, value: object, need: str, missed: bool) -> None:
+    put(repository, {"a": {"value": value, "need": need}})
+    assert ("| **missed**, current |" in results.render(repository)) == missed
+
+
 def test_command(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
     put(repository, {"a": 1.0})
     root = ["--root", str(repository)]
@@ -151,3 +164,15 @@ def test_runs_as_a_module(repository: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "Nothing has been measured yet" in (repository / "docs" / "results.md").read_text()
+
+
+def test_every_test_that_the_coverage_table_names_exists() -> None:
+    root = Path(__file__).parents[2]
+    names = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (root / "docs" / "coverage.md").read_text())
+    assert len(names) > 80
+    missing = [
+        f"{file}::{test}"
+        for file, test in names
+        if not (root / file).is_file() or (test and f"def {test}(" not in (root / file).read_text())
+    ]
+    assert not missing
