@@ -2,7 +2,8 @@
 
 Decoding multiplies a few rows (1 for a step, g + 1 for a verification) by weights that are read from memory once each.
 On the CPU in float32 torch's own `linear` (MKL) does that with one thread for one row and with poor kernels for a few;
-oneDNN's kernel is faster for large weights, most of all on a weight that was re-laid for it (`docs/engine.md`). Small matrices stay with `linear`, whose calls are cheaper.
+oneDNN's kernel is faster for large weights, most of all on a weight that was re-laid for it (`docs/engine.md`). Small
+matrices stay with `linear`, whose calls are cheaper.
 
 Shape letters: N rows, I in, O out.
 """
