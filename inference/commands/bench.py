@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     parts = Parts(
         target=target.part,
         draft=draft.part if draft else None,
-        vocab_size=check_pair(target, draft, given.allow_mismatch) if draft else None,
+        vocab_size=check_pair(target, draft, given.allow_mismatch) if draft else target.vocab_size,
         stop_ids=stop_ids,
         training_seconds=draft.manifest.provenance.wall_seconds if draft and draft.manifest else None,
     )
