@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -139,3 +140,17 @@ def test_the_table_imports_nothing_heavy() -> None:
     code = "import sys; from draftsmith.inference import registry; registry.names(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "False"
+
+
+def test_the_documentation_lists_every_decoder_and_setting() -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "decoding.md"
+    if not page.exists():
+        pytest.skip("no docs beside the installed package")
+    text = page.read_text(encoding="utf-8")
+    for name in NAMES:
+        assert f"\n| `{name}` | yes" in text or not registry.get(name).lossless
+        for field in dataclasses.fields(registry.get(name).settings_type()):
+            shown = f"`{field.default}`" if isinstance(field.default, str) else field.default
+            assert f"\n| `{field.name}` | {shown} |" in text, field.name
+            for choice in field.metadata.get("choices", ()):
+                assert f"`{choice}`" in text
