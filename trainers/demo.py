@@ -51,7 +51,7 @@ class DemoSettings:
     temperature: float = 1.0  # of serving and of the bench
     g: int = 5  # draft length while serving
     in_flight: int = 16  # requests decoded together, and records per update
-    steps: int = 4  # gradient steps per update
+    steps: int = 8  # gradient steps per update
     bench_prompts: int = 6
     bench_tokens: int = 64
     bench_repetitions: int = 7
