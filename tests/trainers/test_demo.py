@@ -20,10 +20,10 @@ from draftsmith.trainers import demo, demo_report
 from draftsmith.trainers.demo import STAGES, DemoSettings
 
 SMALL = DemoSettings(
-    requests=8,
-    max_new_tokens=12,
-    prompt_length=8,
-    in_flight=4,
+    requests=16,
+    max_new_tokens=16,
+    prompt_length=24,  # long enough for prompt lookup to find something
+    in_flight=8,
     steps=1,
     bench_prompts=3,
     bench_tokens=8,
