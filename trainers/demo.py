@@ -28,6 +28,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from draftsmith.data import served_log
 from draftsmith.data.served_log import Served
 from draftsmith.inference import registry
+from draftsmith.inference.checkpoint import read_header, weight_files
 from draftsmith.inference.commands._args import parser
 from draftsmith.inference.errors import InvalidState, InvalidValue
 from draftsmith.inference.loader import load
@@ -44,7 +45,7 @@ _STEP = re.compile(r"^step (\d+)/(\d+)")
 class DemoSettings:
     """What the demo does; part of every stage's mark, so that a changed setting is not answered with old results."""
 
-    requests: int = 256  # per domain
+    requests: int = 320  # per domain
     domains: tuple[str, ...] = ("code", "prose")
     prompt_length: int = 24
     max_new_tokens: int = 48
@@ -259,10 +260,16 @@ def serve_static(demo: Demo) -> None:
 
 
 def distil_offline(demo: Demo) -> None:
-    """The same compute on text of the first domain: as many tokens through the draft's training as online."""
+    """Distil on text of the first domain with the compute that learning cost online, in multiply-adds per parameter.
+
+    Online a token costs three passes of the draft (forward, backward to inputs, to weights); the target's laws are
+    those of the verification that serving needed anyway. Offline it also costs a forward pass of the teacher.
+    """
     s = demo.settings
     served = served_log.read(demo.rounds_file("online"))
-    trained = s.steps * sum(s.prompt_length + request.tokens for request in served)
+    online = 3 * _parameters(demo.export("static"))
+    offline = online + _parameters(demo.export("target"))
+    tokens = s.steps * sum(s.prompt_length + request.tokens for request in served) * online / offline
     length, batch = s.prompt_length + s.max_new_tokens, s.in_flight
     overrides = {
         **demo.texts(str(demo.export("target"))),
@@ -271,7 +278,7 @@ def distil_offline(demo: Demo) -> None:
         "data.corpus.sources": json.dumps([f"stdlib:{s.domains[0]}"]),
         "data.text.length": length,
         "data.text.batch_size": batch,
-        "trainer.max_steps": max(1, round(trained / (length * batch))),
+        "trainer.max_steps": max(1, round(tokens / (length * batch))),
         "trainer.precision": _precision(),
     }
     demo.fit("offline", "demo/offline", overrides, end=0.7)
@@ -295,15 +302,21 @@ def run_bench(demo: Demo) -> None:
 
 
 STAGES = (
-    Stage("target", "corpus, tokenizer, target", 190, make_target),
+    Stage("target", "corpus, tokenizer, target", 150, make_target),
     Stage("traffic", "requests of two domains", 3, make_traffic),
     Stage("draft", "a weak draft", 20, make_draft),
     Stage("online", "serving while the draft learns", 60, serve_online),
-    Stage("static", "the same requests, static draft", 25, serve_static),
-    Stage("offline", "the same compute, offline", 35, distil_offline),
-    Stage("prompt_lookup", "the same requests, prompt lookup", 10, serve_lookup),
-    Stage("bench", "bench beside transformers", 60, run_bench),
+    Stage("static", "the same requests, static draft", 18, serve_static),
+    Stage("offline", "the same compute, offline", 30, distil_offline),
+    Stage("prompt_lookup", "the same requests, prompt lookup", 4, serve_lookup),
+    Stage("bench", "bench beside transformers", 50, run_bench),
 )
+
+
+def _parameters(export: Path) -> int:
+    """How many numbers a model directory holds."""
+    headers = [header for path in weight_files(export) for header in read_header(path).values()]
+    return sum(math.prod(header.shape) for header in headers)
 
 
 def _steps(steps: int | None) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def figures(
             "alpha_*": "mean of sum_v min(p_v, q_v) over the positions examined in the last quarter of each domain",
             "tau": "tokens per target call, bonus included, same requests, served online",
             "speedup_*": f"tokens per second, row {best!r} of bench.json, batch 1, median of pairs",
-            "alpha_offline": "a draft distilled offline on the first domain, as many training tokens as online",
+            "alpha_offline": "a draft distilled offline on the first domain, same compute (with the teacher's passes)",
         },
         "intervals": {
             **{f"alpha_{name}": _interval(summary) for name, summary in pooled.items()},
