@@ -118,27 +118,36 @@ class Clock:
     def __init__(self, longest: int) -> None:
         self._longest = longest
         self._seconds: dict[int, dict[int, deque[float]]] = {}  # batch -> g (0: plain) -> newest times
-        self._since_plain: dict[int, int] = {}
+        self._since_plain = 0
         self._gains: dict[int, tuple[int, Gain]] = {}  # batch -> (uses left, gain)
 
     def add(self, batch: int, g: int, seconds: float) -> None:
         """A round with g drafted tokens (0: a plain one) took so long."""
         table = self._seconds.setdefault(batch, {})
         table.setdefault(g, deque(maxlen=self._KEEP)).append(seconds)
-        self._since_plain[batch] = 0 if g == 0 else self._since_plain.get(batch, 0) + 1
+        self._since_plain = 0 if g == 0 else self._since_plain + 1
 
     def wants_plain(self, batch: int) -> bool:
         """Whether the next round should be plain, for want of a time to compare with."""
-        known = len(self._seconds.get(batch, {}).get(0, ()))
-        return known < self._CALIBRATE or self._since_plain[batch] >= self._REFRESH
+        return self._since_plain >= self._REFRESH or self._nearest(batch) is None
+
+    def _nearest(self, batch: int) -> int | None:
+        """The batch size with timed plain rounds that stands for this one: a batch shrinks while its rows end."""
+        timed = [b for b, table in self._seconds.items() if len(table.get(0, ())) >= self._CALIBRATE]
+        close = [b for b in timed if max(b, batch) <= 2 * min(b, batch)]
+        return min(close, key=lambda b: abs(b - batch)) if close else None
 
     def gain(self, batch: int) -> Gain | None:
-        """The speed-up by what was timed at this batch size; None before both kinds of round were."""
+        """The speed-up by what was timed at this batch size or near it; None before both kinds of round were."""
+        nearest = self._nearest(batch)
+        if nearest is None:
+            return None
+        batch = nearest
         uses, gain = self._gains.get(batch, (0, None))
         if gain is None or uses <= 0:
-            table = {g: statistics.median(times) for g, times in self._seconds.get(batch, {}).items()}
-            plain = table.pop(0, None)
-            if plain is None or not table:
+            table = {g: statistics.median(times) for g, times in self._seconds[batch].items()}
+            plain = table.pop(0)
+            if not table:
                 return None
             # least squares through the plain round: seconds(g) = plain + slope * g
             slope = sum(g * (t - plain) for g, t in table.items()) / sum(g * g for g in table)

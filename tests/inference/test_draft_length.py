@@ -156,7 +156,7 @@ def test_clock_by_hand() -> None:
     assert clock.wants_plain(1) and clock.gain(1) is None
     for seconds in (1.0, 50.0, 1.0):  # one slow moment among the plain rounds
         clock.add(1, 0, seconds)
-    assert not clock.wants_plain(1) and clock.wants_plain(2), "every batch size on its own"
+    assert not clock.wants_plain(1) and clock.wants_plain(3), "batch sizes stand for others up to twice their size"
     assert clock.gain(1) is None, "no round with drafts yet"
     clock.add(1, 4, 3.0)
     gain = clock.gain(1)
