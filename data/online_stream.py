@@ -305,7 +305,7 @@ class OnlineStream(IterableDataset[OnlineBatch]):
             records = self.recorder.finish_all(
                 requests, result, numbers=[n for n, _ in live], draft_version=served.version
             )
-            rounds = _by_row(result.rounds, len(requests))
+            rounds = result.rounds.by_row(len(requests))
             for record, output, own in zip(records, result.output, rounds, strict=True):
                 self._file(draft, record, len(output), own)
         if logged:
@@ -417,11 +417,3 @@ class OnlineStream(IterableDataset[OnlineBatch]):
                 "the checkpoint names stored buffers, but no buffer_dir is set: set persist_buffer to true"
             )
         return self.buffer_dir / f"{stem}-rank-{self.rank}.safetensors"
-
-
-def _by_row(rounds: RoundStats, count: int) -> list[RoundStats]:
-    """The rounds of each request apart, every one as row 0."""
-    parts = [RoundStats() for _ in range(count)]
-    for row, *values in zip(*vars(rounds).values(), strict=True):
-        parts[row].append(0, *values)
-    return parts

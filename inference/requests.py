@@ -60,6 +60,13 @@ class RoundStats:
             values = getattr(other, name)
             column.extend([v + row_offset for v in values] if name == "row" else values)
 
+    def by_row(self, count: int) -> "list[RoundStats]":
+        """The rounds of each of `count` requests apart, every one as row 0."""
+        parts = [RoundStats() for _ in range(count)]
+        for row, *values in zip(*vars(self).values(), strict=True):
+            parts[row].append(0, *values)
+        return parts
+
     def __len__(self) -> int:
         return len(self.row)
 

@@ -34,7 +34,7 @@ from draftsmith.inference.errors import InvalidState, InvalidValue
 from draftsmith.inference.loader import load
 from draftsmith.inference.metrics import count
 from draftsmith.inference.prompts import read_prompts
-from draftsmith.inference.requests import RoundStats, TokenRequest
+from draftsmith.inference.requests import TokenRequest
 from draftsmith.inference.sampling import SamplingParams
 from draftsmith.trainers import demo_report, runs, shipped
 
@@ -95,10 +95,6 @@ class Demo:
     @property
     def prompts_file(self) -> Path:
         return self.folder / "prompts.jsonl"
-
-    def rounds_file(self, draft: str) -> Path:
-        """Where the raw rounds of serving with `draft` lie."""
-        return self.run("online") / served_log.NAME if draft == "online" else self.folder / "rounds" / f"{draft}.jsonl"
 
     # --- progress
 
@@ -166,12 +162,11 @@ class Demo:
 
     def last_quarters(self) -> list[int]:
         """Numbers of the requests in the last quarter of each domain."""
-        n = self.settings.requests
-        return [d * n + i for d in range(len(self.settings.domains)) for i in range(n - n // 4, n)]
+        return [n for quarter in demo_report.last_quarters(self.settings).values() for n in quarter]
 
     def replay(self, name: str, decoder: str, draft: Path | None, numbers: Sequence[int]) -> None:
         """Serve requests again with a fixed draft, in the groups and with the randomness of the online run."""
-        s, path = self.settings, self.rounds_file(name)
+        s, path = self.settings, demo_report.rounds_file(self.folder, name)
         target = load(self.export("target"))
         parts: dict[str, Any] = {"target": target}
         requests = [replace(r, stop_ids=target.stop_ids) for r in self.requests()]
@@ -189,11 +184,8 @@ class Demo:
         for i in range(0, len(numbers), s.in_flight):
             group = numbers[i : i + s.in_flight]
             result = made.decode([requests[n] for n in group])
-            parts_of = [RoundStats() for _ in group]
-            for row, *values in zip(*vars(result.rounds).values(), strict=True):
-                parts_of[row].append(0, *values)
             lines = []
-            for n, output, rounds in zip(group, result.output, parts_of, strict=True):
+            for n, output, rounds in zip(group, result.output, result.rounds.by_row(len(group)), strict=True):
                 seen = count(rounds)
                 alpha = math.nan if seen.alpha is None else seen.alpha
                 lines.append(Served(n, requests[n].tag, 0, 0, alpha, seen.examined, len(output), rounds))
@@ -266,7 +258,7 @@ def distil_offline(demo: Demo) -> None:
     those of the verification that serving needed anyway. Offline it also costs a forward pass of the teacher.
     """
     s = demo.settings
-    served = served_log.read(demo.rounds_file("online"))
+    served = served_log.read(demo_report.rounds_file(demo.folder, "online"))
     online = 3 * _parameters(demo.export("static"))
     offline = online + _parameters(demo.export("target"))
     tokens = s.steps * sum(s.prompt_length + request.tokens for request in served) * online / offline

@@ -30,7 +30,7 @@ def write(folder: Path, settings: "DemoSettings", stages: Mapping[str, float]) -
     """Compute and write the three reports; returns report.json's content. stages: seconds by stage name."""
     from draftsmith.trainers.plots import report_figure
 
-    served = {name: served_log.read(_rounds_file(folder, name)) for name in LABELS}
+    served = {name: served_log.read(rounds_file(folder, name)) for name in LABELS}
     bench = json.loads((folder / "bench.json").read_text(encoding="utf-8"))
     report = figures(served, bench, settings, stages)
     runs.write_json(folder / "report.json", report)
@@ -59,7 +59,7 @@ def figures(
     stages: Mapping[str, float],
 ) -> dict[str, Any]:
     """report.json: plain numbers under the names that the issue gives them, intervals and domains beside them."""
-    quarters = {name: last_quarters(rows, settings) for name, rows in served.items()}
+    quarters = {name: in_last_quarters(rows, settings) for name, rows in served.items()}
     pooled = {name: _summary([s for part in parts.values() for s in part]) for name, parts in quarters.items()}
     by_domain = {name: {tag: _summary(part) for tag, part in parts.items()} for name, parts in quarters.items()}
     batch = bench["summary"]["batches"]["1"]
@@ -102,13 +102,20 @@ def figures(
     }
 
 
-def last_quarters(served: Sequence[Served], settings: "DemoSettings") -> dict[str, list[Served]]:
-    """The requests of the last quarter of each domain, by tag."""
+def rounds_file(folder: Path, name: str) -> Path:
+    """Where the raw rounds of serving with the draft `name` lie."""
+    return folder / "online" / served_log.NAME if name == "online" else folder / "rounds" / f"{name}.jsonl"
+
+
+def last_quarters(settings: "DemoSettings") -> dict[str, range]:
+    """Numbers of the requests in the last quarter of each domain, by its tag."""
     n = settings.requests
-    return {
-        tag: [s for s in served if d * n + n - n // 4 <= s.number < (d + 1) * n]
-        for d, tag in enumerate(settings.domains)
-    }
+    return {tag: range(d * n + n - n // 4, (d + 1) * n) for d, tag in enumerate(settings.domains)}
+
+
+def in_last_quarters(served: Sequence[Served], settings: "DemoSettings") -> dict[str, list[Served]]:
+    """The requests of the last quarter of each domain, by tag."""
+    return {tag: [s for s in served if s.number in quarter] for tag, quarter in last_quarters(settings).items()}
 
 
 def markdown(report: Mapping[str, Any], folder: Path) -> str:
@@ -159,10 +166,6 @@ def markdown(report: Mapping[str, Any], folder: Path) -> str:
     return "\n".join(lines)
 
 
-def _rounds_file(folder: Path, name: str) -> Path:
-    return folder / "online" / served_log.NAME if name == "online" else folder / "rounds" / f"{name}.jsonl"
-
-
 def _summary(served: Sequence[Served]) -> Summary:
     return summarize(served_log.pooled(served))
 
@@ -177,7 +180,7 @@ def _interval(summary: Summary) -> dict[str, float | None]:
 
 def _lengths(served: Sequence[Served], settings: "DemoSettings") -> list[int]:
     """Rounds of the last quarters that accepted 0, 1, ..., g of g drafted tokens."""
-    rows = [s for part in last_quarters(served, settings).values() for s in part]
+    rows = [s for part in in_last_quarters(served, settings).values() for s in part]
     return summarize(served_log.pooled(rows)).histogram.get(settings.g, [0] * (settings.g + 1))
 
 

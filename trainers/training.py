@@ -22,11 +22,10 @@ from draftsmith.trainers.callbacks.checkpoint import (
     CheckpointConfig,
     RandomStates,
     StepCheckpoint,
-    Stopped,
-    StopSignals,
     best_checkpoint,
 )
 from draftsmith.trainers.callbacks.progress import progress
+from draftsmith.trainers.callbacks.stop_signals import Stopped, StopSignals
 from draftsmith.trainers.callbacks.throughput import Throughput
 from draftsmith.trainers.one_line import one_line
 from draftsmith.trainers.provenance import Session

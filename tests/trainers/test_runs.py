@@ -25,10 +25,9 @@ from draftsmith.trainers.callbacks.checkpoint import (
     CheckpointConfig,
     RandomStates,
     StepCheckpoint,
-    Stopped,
-    StopSignals,
     best_checkpoint,
 )
+from draftsmith.trainers.callbacks.stop_signals import Stopped, StopSignals
 from draftsmith.trainers.provenance import Session
 
 # --- ids
