@@ -255,11 +255,11 @@ def host_time(
 def run_size(
     name: str, folder: Path, alphas: Sequence[float], settings: BenchSettings, prompts: int, tell: Callable[[str], None]
 ) -> dict[str, Any]:
-    """The table of one size, at each acceptance and batch; JSON-ready."""
+    """The table of one size, at each acceptance and batch; JSON-ready. prompts: at each batch, as many as fill it."""
     size = SIZES[name]
     target_path, draft_path = write_models(folder, name)
     target, draft = load_engine(target_path), load_engine(draft_path)
-    ids = [[(17 * row + 5 * i + row * i) % size.vocab for i in range(32)] for row in range(prompts)]
+    ids = [[(17 * row + 5 * i + row * i) % size.vocab for i in range(32)] for row in range(max(prompts, *settings.batches))]
     tell(f"{name}: greedy continuations")
     requests = [TokenRequest(p, max_new_tokens=settings.max_new_tokens, row_id=i) for i, p in enumerate(ids)]
     continuations = AutoregressiveDecoder(target).decode(requests).output
@@ -278,7 +278,7 @@ def run_size(
             table = _contestants(target, draft, scripts, settings, batch, predicted.g, curve, peers)
             blocks.append(
                 bench.measure_batch(
-                    parts, [Prompt(tuple(p)) for p in ids], settings, batch, table,
+                    parts, [Prompt(tuple(p)) for p in ids[: max(prompts, batch)]], settings, batch, table,
                     lambda share, what, alpha=alpha: tell(f"{name}, alpha {alpha}, {what}"),
                 )
             )  # fmt: skip
@@ -380,7 +380,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     alphas = [float(a) for a in given.alpha.split(",")]
     for name in given.sizes.split(","):
         with tempfile.TemporaryDirectory() as folder:
-            made = run_size(name, Path(folder), alphas, settings, max(given.prompts, *batches), _tell)
+            made = run_size(name, Path(folder), alphas, settings, given.prompts, _tell)
         report["sizes"].append(made)
         print(_text(made), flush=True)
         if given.json:

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.acceptance
 
 @pytest.mark.parametrize("size", ["11M", "50M", "150M"])
 def test_speed(size: str, tmp_path: Path) -> None:
-    made = sizes.run_size(size, tmp_path, [0.8, 0.0], SETTINGS, prompts=16, tell=print)
+    made = sizes.run_size(size, tmp_path, [0.8, 0.0], SETTINGS, prompts=4, tell=print)
     figures, automatic = {}, []
     for table in made["tables"]:
         for block in table["batches"]:
