@@ -49,11 +49,15 @@ class Peak:
             self._read()
 
     def _read(self) -> None:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                self.bytes = max(self.bytes, int(line.split()[1]) * 1024)
-                return
-        raise RuntimeError("/proc/self/status has no RssAnon: this script needs Linux")
+        self.bytes = max(self.bytes, private_bytes())
+
+
+def private_bytes() -> int:
+    """Private resident memory of this process. Raises RuntimeError where /proc does not tell it."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/status has no RssAnon: this script needs Linux")
 
 
 def child(mode: str, target_path: Path, draft_path: Path, batch: int, prompt: int, new: int, g: int) -> dict[str, int]:

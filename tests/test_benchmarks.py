@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import memory, sizes
+from benchmarks import memory, profile, sizes
 from draftsmith.inference.decoders.autoregressive import AutoregressiveDecoder
 from draftsmith.inference.load_engine import load_engine
 from draftsmith.inference.metrics import count
@@ -91,3 +91,27 @@ def test_peak_memory_is_what_the_draft_owns(tmp_path: Path) -> None:
     assert found["extra"] > 0.9 * found["draft_weights"]  # the control: the draft is seen
     assert found["extra_beyond_owned_of_plain"] <= 0.05, found
     assert found["extra_over_owned"] <= 1.25, found
+
+
+def test_the_profile_counts_the_weights_that_a_call_reads(pair: tuple[Path, Path]) -> None:
+    found = profile.profile(*pair, n=(1, 4))
+    calls = found["calls"]
+    engine = load_engine(pair[0], frozen=False)
+    weights = sum(p.numel() for p in engine.net.parameters())  # tied: the head is the embedding
+    assert calls["target, 1 tokens"]["weights, MiB"] == calls["target, 4 tokens"]["weights, MiB"]
+    assert calls["target, 1 tokens"]["weights, MiB"] * profile.MIB == 4 * weights
+    assert calls["draft, 1 tokens"]["calls into torch"] < calls["target, 1 tokens"]["calls into torch"]
+    assert sorted(found["kernels"], key=int) == [str(n) for n in range(1, 9)]
+
+
+def test_an_untied_embedding_is_not_read_by_a_call(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    with quiet():
+        model.save_pretrained(tmp_path)
+    assert profile.read_per_call(tmp_path) == sum(p.numel() for p in model.parameters()) - 50 * 16
