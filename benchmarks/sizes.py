@@ -259,9 +259,8 @@ def run_size(
     size = SIZES[name]
     target_path, draft_path = write_models(folder, name)
     target, draft = load_engine(target_path), load_engine(draft_path)
-    ids = [
-        [(17 * row + 5 * i + row * i) % size.vocab for i in range(32)] for row in range(max(prompts, *settings.batches))
-    ]
+    most = max(prompts, *settings.batches)
+    ids = [[(17 * row + 5 * i + row * i) % size.vocab for i in range(32)] for row in range(most)]
     tell(f"{name}: greedy continuations")
     requests = [TokenRequest(p, max_new_tokens=settings.max_new_tokens, row_id=i) for i, p in enumerate(ids)]
     continuations = AutoregressiveDecoder(target).decode(requests).output
