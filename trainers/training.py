@@ -279,6 +279,7 @@ def quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", r"Checkpoint directory .* exists and is not empty", module="lightning.*")
+    warnings.filterwarnings("ignore", r"The `srun` command is available", module="lightning.*")  # outside of jobs
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", module="lightning.*")
 
 
