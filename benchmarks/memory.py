@@ -6,10 +6,12 @@
 The claim that is checked: what speculative decoding takes beyond plain decoding is at most the draft's weights and
 caches (its own, and the few more slots of the target's) plus 5%. Read is the private resident memory (RssAnon: what the
 process cannot give back; pages of mapped files come and go with the kernel's mood), about a hundred times a second
-from a thread, while decoding. Both processes import the same modules, and glibc is told (MALLOC_MMAP_THRESHOLD_) to
-give freed buffers back: what it would keep of loading is no need of decoding. oneDNN keeps a compiled kernel for every
-shape it meets (some MiB in all), which is more than 5% of what a small draft owns: so the excess is given as a share
-of plain decoding's peak.
+from a thread, while decoding. Both processes import the same modules.
+
+As a process runs, glibc keeps the buffers that loading has freed, and decoding takes from them what it needs. With
+--give-back it is told (MALLOC_MMAP_THRESHOLD_) to hand them back at once: then everything that decoding needs shows,
+also the kernels that oneDNN compiles and keeps for every shape it meets. They are more than 5% of what a small draft
+owns, so the excess is given as a share of plain decoding's peak too.
 """
 
 import argparse
@@ -27,6 +29,7 @@ from typing import Any
 from benchmarks.sizes import SIZES, write_models
 
 MIB = 2**20
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc maps every larger buffer on its own, and unmaps it when freed
 
 
 class Peak:
@@ -91,9 +94,10 @@ def child(mode: str, target_path: Path, draft_path: Path, batch: int, prompt: in
 
 
 def compare(
-    target: Path, draft: Path, *, batch: int, prompt: int, new: int, g: int, repetitions: int = 3
+    target: Path, draft: Path, *, batch: int, prompt: int, new: int, g: int, give_back: bool, repetitions: int = 3
 ) -> dict[str, Any]:
     """Medians over fresh processes; JSON-ready."""
+    environment = {**os.environ, **GIVE_BACK} if give_back else dict(os.environ)
     runs: dict[str, list[dict[str, int]]] = {"plain": [], "speculative": []}
     for _ in range(repetitions):
         for mode, results in runs.items():
@@ -101,7 +105,7 @@ def compare(
             done = subprocess.run(
                 [sys.executable, "-m", "benchmarks.memory", "--child", *arguments],
                 capture_output=True, text=True, check=True, timeout=600,
-                env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
+                env=environment,
             )  # fmt: skip
             results.append(json.loads(done.stdout.splitlines()[-1]))
     peaks = {mode: int(statistics.median(r["decoding_peak"] for r in results)) for mode, results in runs.items()}
@@ -112,6 +116,7 @@ def compare(
         "prompt": prompt,
         "new": new,
         "g": g,
+        "give_back": give_back,
         "peak_plain": peaks["plain"],
         "peak_speculative": peaks["speculative"],
         **owned,
@@ -133,6 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--g", type=int, default=5)
+    parser.add_argument("--give-back", action="store_true", help="without what the allocator keeps of loading")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args(argv)
     if given.child:
@@ -147,7 +153,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             target, draft = write_models(Path(folder), given.size)
         results = []
         for batch in map(int, given.batch.split(",")):
-            found = compare(target, draft, batch=batch, prompt=given.prompt, new=given.max_new_tokens, g=given.g)
+            found = compare(
+                target, draft, batch=batch, prompt=given.prompt, new=given.max_new_tokens, g=given.g,
+                give_back=given.give_back,
+            )  # fmt: skip
             results.append(found)
             mib = {name: value / MIB for name, value in found.items() if isinstance(value, int)}
             print(

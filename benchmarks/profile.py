@@ -10,6 +10,7 @@ torch. The last table shows what oneDNN keeps for each number of rows that a wei
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.memory import private_bytes
+from benchmarks.memory import GIVE_BACK, private_bytes
 from benchmarks.sizes import SIZES, write_models
 from draftsmith.inference.engine import Engine
 from draftsmith.inference.load_engine import load_engine
@@ -119,7 +120,8 @@ def profile(target: Path, draft: Path, n: Sequence[int]) -> dict[str, Any]:
         for tokens in (n if role == "target" else n[:1])
     }
     child = [sys.executable, "-m", "benchmarks.profile", "--kernels", str(target)]
-    done = subprocess.run(child, capture_output=True, text=True, check=True, timeout=600)
+    environment = {**os.environ, **GIVE_BACK}
+    done = subprocess.run(child, capture_output=True, text=True, check=True, timeout=600, env=environment)
     return {"calls": calls, "kernels": json.loads(done.stdout.splitlines()[-1])}
 
 

@@ -65,14 +65,18 @@ def test_profile(size: str, tmp_path: Path) -> None:
     assert verification["milliseconds"] < 2 * step["milliseconds"]
 
 
+@pytest.mark.parametrize(
+    "give_back",
+    [False, pytest.param(True, marks=pytest.mark.xfail(strict=True, reason="docs/performance.md, Memory"))],
+)
 @pytest.mark.parametrize("size", ["50M", "150M"])
-def test_memory(size: str, tmp_path: Path) -> None:
-    """Peak of speculative over plain decoding, beyond what the draft owns, as a share of it and of plain's peak."""
+def test_memory(size: str, give_back: bool, tmp_path: Path) -> None:
+    """Peak of speculative over plain decoding: as processes run, and without what the allocator keeps of loading."""
     target, draft = sizes.write_models(tmp_path, size)
     figures, shares = {}, []
     for batch in (1, 8):
-        found = memory.compare(target, draft, batch=batch, prompt=64, new=64, g=5)
-        where = f"{size}, batch {batch}"
+        found = memory.compare(target, draft, batch=batch, prompt=64, new=64, g=5, give_back=give_back)
+        where = f"{size}, batch {batch}, {'freed memory handed back' if give_back else 'as it runs'}"
         shares.append(found["extra_over_owned"])
         figures[f"{where}: extra peak / the draft's weights and caches"] = {"value": shares[-1], "need": "<= 1.05"}
         figures[f"{where}: beyond them"] = {"value": (found["extra"] - found["owned"]) / memory.MIB, "unit": "MiB"}
