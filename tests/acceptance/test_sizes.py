@@ -16,7 +16,7 @@ from tests.figures import DECODING, record
 
 FILES = (*DECODING, "inference/bench.py", "inference/peers.py", "benchmarks/sizes.py")
 SETTINGS = BenchSettings(max_new_tokens=64, batches=(1, 8, 16), g=5)
-REPETITIONS = {"11M": 15, "50M": 11, "150M": 7}  # the shorter a decode call, the more the machine's noise weighs
+REPETITIONS = {"11M": 11, "50M": 9, "150M": 7}  # the shorter a decode call, the more the machine's noise weighs
 
 pytestmark = pytest.mark.acceptance
 
