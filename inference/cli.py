@@ -26,6 +26,7 @@ VERBS: dict[str, dict[str, str]] = {
         "fit": "train a part from a config; --run ID resumes it",
         "validate": "run the validation of a config on a checkpoint",
         "test": "run the test of a config on a checkpoint",
+        "submit": "write a SLURM script for a training run, and submit it",
         "demo": "see the whole path on this machine: train, serve, distil online, export, measure",
     },
     "Export and serve": {

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from draftsmith.inference.errors import InvalidValue
+from draftsmith.trainers.slurm_job import notice_held
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -155,6 +156,11 @@ def _main(verb: str, argv: list[str]) -> int:
         print(f"{_PAGE[verb]}\n\nshipped configs: {', '.join(shipped.names())}")
         return 0
     given = parse(verb, argv)
-    from draftsmith.trainers import training
+    if verb != "fit":
+        from draftsmith.trainers.training import evaluate
 
-    return training.fit(given) if verb == "fit" else training.evaluate(given)
+        return evaluate(given)
+    with notice_held():
+        from draftsmith.trainers.training import fit
+
+        return fit(given)

@@ -23,6 +23,7 @@ from typing import Any, Self
 import torch
 
 from draftsmith.inference.errors import InvalidState, InvalidValue
+from draftsmith.trainers import slurm_job
 
 ROOT = Path("runs")
 FOLDER_VARIABLE = "DRAFTSMITH_RUN_FOLDER"  # how rank 0 tells the ranks that it launches which folder is theirs
@@ -51,7 +52,7 @@ class TornCheckpoint(UserWarning):
 def folder(run: str | None, name: str) -> Path:
     """The folder of a run: `run` itself when it is a path, else `runs/<run>`.
 
-    Without `run`: the folder that rank 0 chose, else the SLURM job id, else `name` and the time (a new one).
+    Without `run`: the folder that rank 0 chose, else the SLURM job (12, or 12_3 in an array), else `name` and the time.
     Raises InvalidValue for an empty id, or ranks started from outside (torchrun) without an id to agree on.
     """
     if run is not None:
@@ -60,11 +61,16 @@ def folder(run: str | None, name: str) -> Path:
         return Path(run) if os.sep in run else ROOT / run
     if FOLDER_VARIABLE in os.environ:
         return Path(os.environ[FOLDER_VARIABLE])
-    job = os.environ.get("SLURM_JOB_ID")
-    if job is not None and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+    job = slurm_job.name()
+    if job is not None:
         return ROOT / job
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InvalidValue("several ranks were started from outside: give --run ID, so that all use one folder")
+    return new_folder(name)
+
+
+def new_folder(name: str) -> Path:
+    """A folder that is not there yet, called after `name` and the time."""
     stem = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name).strip('-')}-{time.strftime('%Y%m%d-%H%M%S')}"
     found, number = ROOT / stem, 1
     while found.exists():

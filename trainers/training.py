@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import yaml  # type: ignore[import-untyped]  # its stubs are not among our development tools
+from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from omegaconf import OmegaConf
 
 from draftsmith.inference.errors import InvalidState, InvalidValue
-from draftsmith.trainers import runs
+from draftsmith.trainers import runs, slurm_job
 from draftsmith.trainers.callbacks.checkpoint import (
     CheckpointConfig,
     RandomStates,
@@ -90,6 +92,11 @@ class TrainingCLI(LightningCLI):
         asked = self.config_init.trainer
         callbacks: list[Callback] = [*(asked.callbacks or [])]
         forced: dict[str, Any] = {"callbacks": callbacks, "enable_model_summary": False}
+        plugins = asked.plugins if isinstance(asked.plugins, list) else [asked.plugins] if asked.plugins else []
+        chosen = any(isinstance(p, ClusterEnvironment) for p in plugins) or TorchElasticEnvironment.detect()
+        if not chosen and SLURMEnvironment.detect():
+            # Lightning's own requeue works inside the signal handler; ours is StopSignals
+            forced["plugins"] = [*plugins, SLURMEnvironment(auto_requeue=False)]
         if asked.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(progress())
         if self.given.verb != "fit":
@@ -163,6 +170,16 @@ def _build_part(config: Path, part: str, base: type) -> Any:
         return parser.instantiate(parser.parse_object({part: content[part]}))[part]
 
 
+class ParseCLI(TrainingCLI):
+    """Parses and builds nothing: `config` is what `fit` would work with."""
+
+    def __init__(self, given: "Given") -> None:
+        super().__init__(given, None)
+
+    def instantiate_classes(self) -> None:
+        pass
+
+
 class FitCLI(TrainingCLI):
     """Parses first; then, before anything is built, takes the run folder and finds where to resume."""
 
@@ -195,22 +212,35 @@ def fit(given: "Given") -> int:
             session = Session(run, cli.config.seed_everything, ckpt)
             _say(f"{run} {'starts' if cli.resumed is None else f'resumes {cli.resumed.name}'}")
         status = "failed"
+        stopped: Stopped | None = None
         try:
             cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=ckpt)
             status = "finished"
         except Stopped as stop:
-            status = "stopped"
-            if not first:
-                return 0  # the launcher would take another code for a crash and kill rank 0
-            _say(f"{stop}; to go on: draftsmith fit --run {given.run or run}")
-            return 128 + stop.signum
+            status, stopped = "requeued" if stop.requeues else "stopped", stop
         finally:
             metrics = {k: float(v) for k, v in cli.trainer.callback_metrics.items()}
             if first:
                 session.end(status, cli.trainer.global_step, metrics=metrics)
             shut_down()
-        if first:
+        if first and stopped is None:
             _report(run, cli.trainer.global_step, metrics)
+    if stopped is None or not first:
+        return 0  # the launcher would take another code for a crash and kill rank 0
+    return _leave(stopped, given.run or str(run))
+
+
+def _leave(stopped: Stopped, run: str) -> int:
+    """What rank 0 says and returns after a stop; the run folder is free by now. A requeue ends the whole job step."""
+    if not stopped.requeues:
+        _say(f"{stopped}; to go on: draftsmith fit --run {run}")
+        return 128 + stopped.signum
+    _say(str(stopped))
+    try:
+        _say(f"requeued as job {slurm_job.requeue()}")
+    except InvalidState as e:
+        _say(str(e))
+        return 128 + stopped.signum  # SLURM should not list it as completed
     return 0
 
 

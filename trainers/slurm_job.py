@@ -1,0 +1,74 @@
+"""The SLURM job that this process is a task of: its name, its notice (SIGUSR1), how it goes back into the queue."""
+
+import os
+import shutil
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from draftsmith.inference.errors import InvalidState
+
+# Allocations in which people try things: many commands run in one, so it is not one run (Lightning has the same rule).
+INTERACTIVE = ("bash", "interactive")
+NOTICE = signal.SIGUSR1  # what SLURM sends before the time is up (--signal=SIGUSR1@seconds)
+_SCONTROL_SECONDS = 60
+
+
+def name() -> str | None:
+    """The job as squeue writes it: 12, or 12_3 for a task of an array. None outside, or in an interactive allocation.
+
+    Of an array the last task's own id is that of the whole array: `scontrol requeue` by it would requeue every task.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None or os.environ.get("SLURM_JOB_NAME") in INTERACTIVE:
+        return None
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return job if array is None or task is None else f"{array}_{task}"
+
+
+@contextmanager
+def notice_held() -> Iterator[None]:
+    """Within, a SIGUSR1 waits for `StopSignals` instead of killing a process that still loads, or already ends."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {NOTICE})
+    try:
+        yield
+    finally:
+        if NOTICE not in before:
+            signal.sigtimedwait({NOTICE}, 0)  # one that nobody waited for
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def requeue() -> str:
+    """Put our job back into the queue and return its name; SLURM ends this step at once.
+
+    Raises InvalidState where it cannot.
+    """
+    job = name()
+    if job is None:
+        raise InvalidState("cannot requeue: this is no SLURM job")
+    hint = "the checkpoint is saved, so submit the job again with the same --run to go on"
+    scontrol = shutil.which("scontrol")
+    if scontrol is None:
+        raise InvalidState(
+            f"cannot requeue job {job}: no scontrol on PATH (a container needs the host's mounted); {hint}"
+        )
+    try:
+        done = subprocess.run(
+            [scontrol, "requeue", job],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=_SCONTROL_SECONDS,
+        )
+    except (OSError, subprocess.TimeoutExpired) as e:
+        raise InvalidState(f"cannot requeue job {job}: {e}; {hint}") from e
+    if done.returncode != 0:
+        said = " ".join(done.stdout.split()) or f"exit code {done.returncode}"
+        raise InvalidState(f"cannot requeue job {job}: scontrol says {said!r}; {hint}")
+    return job
