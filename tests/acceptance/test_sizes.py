@@ -42,7 +42,7 @@ def test_speed(size: str, alpha: float, tmp_path: Path) -> None:
     if crossing is not None:
         figures[f"{size}, alpha {alpha}: break-even batch"] = crossing["text"]
     record("sizes", figures, seeds=[SETTINGS.seed], files=FILES)
-    # the table's intervals are as wide as what is asked of the automatic mode: test_automatic judges that, and here
+    # the table's intervals are as wide as what is asked of the automatic mode: test_automatic judges that
     assert len(table["batches"]) == len(SETTINGS.batches) and crossing is not None
 
 
