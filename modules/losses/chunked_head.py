@@ -1,27 +1,35 @@
 """The one chunked head (contract 4): hidden states and a head's weight in, a weighted sum of row losses out.
 
 No [N, V] tensor is ever made. Rows of weight 0 are dropped before the head; the rest goes through in chunks of
-`chunk_rows`: logits, row loss and both gradients of a chunk are made in the forward pass, and its [c, V] buffers are
-gone before the next chunk; backward only scales what is there. So the head runs once (no recomputation), and the price
-is one fp32 [V, D] buffer when the head is trained. `naive_head` is the same function written plainly; tests hold the
-two together in value and gradient.
+`chunk_rows`. Two ways: `grad_in_forward` makes logits, row loss and both gradients of a chunk in the forward pass, and
+backward only scales what is there: the head runs once, at the price of one fp32 [V, D] buffer between forward and
+backward when the head is trained. `recompute` keeps nothing but its inputs, and backward goes over the chunks again:
+one more product with the head. `naive_head` is the same function written plainly; tests hold the two together in value
+and gradient.
+
+Row losses that know their gradient (`row_gradients.py`: cross-entropy, forward KL, EMO) write it over the logits; for
+all others autograd is asked, chunk by chunk.
 
 Shape letters: N positions, M positions of non-zero weight, c rows of a chunk, D width, V vocabulary.
-Limits: first derivatives only.
+Limits: first derivatives only; backward runs once, unless `retain_graph` was asked for.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from draftsmith.inference.errors import InvalidState, InvalidValue
+from draftsmith.inference.errors import InvalidState, InvalidValue, unknown_choice
 from draftsmith.inference.laws import TeacherLaw
-from draftsmith.modules.losses.divergence import FullLaw, RowLoss, Target, aligned, ce, entropy, overlap
+from draftsmith.modules.losses.divergence import FullLaw, RowLoss, Target, aligned, entropy, overlap
+from draftsmith.modules.losses.row_gradients import Context, RowValues, Scratch, VocabShard, own_gradient
 
 _CHUNK_ELEMENTS = 2**24  # logits per chunk by default: 64 MiB in fp32
+_GRADIENT_BYTES = 2**30  # a head whose fp32 gradient is larger is recomputed in backward
+MODES = ("auto", "grad_in_forward", "recompute")
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,7 @@ class HeadStats:
     agree: Tensor  # bool [M]: the student's most likely token is the teacher's (or the label)
     alpha: Tensor  # [M] sum min(p, q); an upper bound when the law has a tail
     entropy: Tensor  # [M] of the teacher's law in nats, a tail counted as one token; 0 for labels
+    more: dict[str, Tensor] = field(default_factory=dict)  # what the row loss adds, each [M]
 
 
 @dataclass(frozen=True)
@@ -84,24 +93,55 @@ def chunked_head(
     bias: Tensor | None = None,  # [V]
     chunk_rows: int | None = None,  # more rows: faster, chunk_rows * V more memory
     statistics: bool = True,
+    mode: str = "auto",
+    retain_graph: bool = False,
+    shard: VocabShard | None = None,
 ) -> HeadLoss:
     """Weighted sum of `row_loss` over the positions, with per-position statistics.
 
-    Cross-entropy on labels without statistics is torch's own `F.linear_cross_entropy`.
     With a live teacher of another (padded) vocabulary size both heads are cut to their common rows.
-    Raises InvalidValue for shapes that do not fit or chunk_rows < 1.
+
+    Args:
+        mode: "grad_in_forward", "recompute", or "auto": the first unless the head's fp32 gradient exceeds 1 GiB.
+        retain_graph: backward may run again, at the price of a copy of the gradients that forward made.
+        shard: `weight` and `bias` are this rank's rows of a head that several ranks hold in parts; `hidden` and labels
+            are equal on all of them. The gradient of `hidden` comes out summed over the ranks.
+    Raises InvalidValue for shapes that do not fit, an unknown mode, chunk_rows < 1, and what the row loss refuses.
     """
     if chunk_rows is not None and chunk_rows < 1:
         raise InvalidValue(f"chunk_rows must be at least 1, got {chunk_rows}")
-    call = _prepare(hidden, weight, target, example_weight, bias)
-    rows = chunk_rows or max(16, _CHUNK_ELEMENTS // call.weight.shape[0])
-    if row_loss is ce and isinstance(call.target, Tensor) and not statistics:
-        return HeadLoss(_torch_ce(call, rows), call.example_weight.sum(), None)
-    out = _ChunkedHead.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        call.hidden, call.weight, call.bias, call, row_loss, rows, statistics, torch.is_grad_enabled()
+    if mode not in MODES:
+        raise unknown_choice("mode of the chunked head", mode, MODES)
+    if shard is not None and (own_gradient(row_loss) is None or not isinstance(target, Tensor)):
+        raise InvalidValue("a vocabulary shard works with labels and a row loss that knows its gradient: ce or EMO")
+    call = _prepare(hidden, weight, target, example_weight, bias, ordered=getattr(row_loss, "by_label", False))
+    check: Callable[[HeadTarget, int], None] | None = getattr(row_loss, "check", None)
+    if check is not None:
+        check(call.target, call.weight.shape[0] if shard is None else shard.total)
+    if mode == "auto":
+        large = weight.requires_grad and weight.numel() * 4 > _GRADIENT_BYTES
+        mode = "recompute" if large else "grad_in_forward"
+    settings = _Settings(
+        row_loss=row_loss,
+        chunk_rows=chunk_rows or max(16, _CHUNK_ELEMENTS // call.weight.shape[0]),
+        statistics=statistics,
+        grad=torch.is_grad_enabled(),
+        recompute=mode == "recompute",
+        retain_graph=retain_graph,
+        shard=shard,
     )
-    total, *stats = cast(tuple[Tensor, ...], out)
-    return HeadLoss(total, call.example_weight.sum(), HeadStats(call.rows, *stats) if statistics else None)
+    names: list[str] = []
+    out = _ChunkedHead.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        call.hidden, call.weight, call.bias, call, settings, names
+    )
+    total, *columns = cast(tuple[Tensor, ...], out)
+    if not statistics:
+        return HeadLoss(total, call.example_weight.sum(), None)
+    if call.order is not None:  # back into the order of the positions
+        columns = [torch.empty_like(column).index_copy_(0, call.order, column) for column in columns]
+    loss, agree, alpha, entropies, *rest = columns
+    stats = HeadStats(call.rows, loss, agree, alpha, entropies, dict(zip(names, rest, strict=True)))
+    return HeadLoss(total, call.example_weight.sum(), stats)
 
 
 def naive_head(
@@ -118,7 +158,8 @@ def naive_head(
     logits = F.linear(call.hidden, call.weight, call.bias)
     law = _law(call.target, slice(None), call.weight.shape[0])
     loss = row_loss(logits, law)
-    stats = HeadStats(call.rows, loss.detach(), *_statistics(logits.detach(), law))
+    agree, alpha, entropies = statistics_of(logits.detach(), law)
+    stats = HeadStats(call.rows, loss.detach(), agree, alpha, entropies)
     return HeadLoss((loss * call.example_weight).sum(), call.example_weight.sum(), stats)
 
 
@@ -131,12 +172,28 @@ class _Call:
     bias: Tensor | None
     target: HeadTarget  # M positions
     example_weight: Tensor  # [M] fp32
-    uniform: bool  # every weight is 1
-    rows: Tensor  # int64 [M]
+    rows: Tensor  # int64 [M], ascending
+    order: Tensor | None  # int64 [M]: hidden, target and example_weight are those of rows[order]; None: of rows
+
+
+@dataclass(frozen=True)
+class _Settings:
+    row_loss: RowLoss
+    chunk_rows: int
+    statistics: bool
+    grad: bool
+    recompute: bool
+    retain_graph: bool
+    shard: VocabShard | None
 
 
 def _prepare(
-    hidden: Tensor, weight: Tensor, target: HeadTarget, example_weight: Tensor | None, bias: Tensor | None
+    hidden: Tensor,
+    weight: Tensor,
+    target: HeadTarget,
+    example_weight: Tensor | None,
+    bias: Tensor | None,
+    ordered: bool = False,  # rows of one label side by side
 ) -> _Call:
     n = hidden.shape[0]
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
@@ -148,22 +205,24 @@ def _prepare(
         raise InvalidValue(f"{n} positions, but target and example_weight are for {sizes[0]} and {sizes[1]}")
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     rows = torch.arange(n, device=hidden.device)
-    uniform = example_weight is None or example_weight.dtype == torch.bool
+    picked, order = rows, None
     if example_weight is None:
         example_weight = torch.ones(n, dtype=wide, device=hidden.device)
     else:
         example_weight = example_weight.to(hidden.device, wide)
-        kept = example_weight.nonzero().squeeze(-1)
-        if kept.shape[0] < n:
-            rows, hidden, example_weight = kept, hidden.index_select(0, kept), example_weight[kept]
-            target = _take(target, kept)
+        rows = picked = example_weight.nonzero().squeeze(-1)
+    if ordered and isinstance(target, Tensor):
+        order = target[rows].argsort(stable=True)
+        picked = rows[order]
+    if picked.shape[0] < n or order is not None:
+        hidden, example_weight, target = hidden.index_select(0, picked), example_weight[picked], _take(target, picked)
     if isinstance(target, TeacherHead):
         common = min(weight.shape[0], target.weight.shape[0])
         if common < weight.shape[0]:
             weight = weight[:common]
             bias = None if bias is None else bias[:common]
     # one dtype for the products, autocast's if it is on: inside the Function there is no autocast to ask
-    kind = hidden.device.type
+    kind = _autocast_kind(hidden.device)
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     return _Call(
         hidden=hidden.to(dtype),
@@ -171,9 +230,14 @@ def _prepare(
         bias=None if bias is None else bias.to(dtype),
         target=target,
         example_weight=example_weight,
-        uniform=uniform,
         rows=rows,
+        order=order,
     )
+
+
+def _autocast_kind(device: torch.device) -> str:
+    """The device whose autocast rules; the meta device has none of its own."""
+    return device.type if torch.amp.is_autocast_available(device.type) else "cpu"
 
 
 def _take(target: HeadTarget, index: Tensor | slice) -> HeadTarget:
@@ -182,17 +246,29 @@ def _take(target: HeadTarget, index: Tensor | slice) -> HeadTarget:
     return target[index]
 
 
-def _law(target: HeadTarget, index: slice, vocab_size: int) -> Target:
+def _law(target: HeadTarget, index: slice, vocab_size: int, scratch: Scratch | None = None) -> Target:
     """The target of one chunk, in the form that row losses take; a live teacher is run here."""
     if not isinstance(target, TeacherHead):
         return target[index]
     with torch.no_grad():
         cut = slice(0, vocab_size)
         bias = None if target.bias is None else target.bias[cut]
-        return FullLaw.from_logits(F.linear(target.hidden[index], target.weight[cut], bias), target.temperature)
+        hidden, weight = target.hidden[index], target.weight[cut]
+        if scratch is None or hidden.dtype not in (torch.float32, torch.float64):
+            return FullLaw.from_logits(F.linear(hidden, weight, bias), target.temperature)
+        logits = _logits(hidden, weight, bias, scratch("law", hidden.shape[0], weight.shape[0], hidden))
+        if target.temperature != 1.0:
+            logits.div_(target.temperature)
+        return FullLaw(torch.log_softmax(logits, -1, out=logits), target.temperature)
 
 
-def _statistics(logits: Tensor, law: Target) -> tuple[Tensor, Tensor, Tensor]:
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    if bias is None:
+        return torch.mm(hidden, weight.T, out=out)
+    return torch.addmm(bias, hidden, weight.T, out=out)
+
+
+def statistics_of(logits: Tensor, law: Target) -> tuple[Tensor, Tensor, Tensor]:
     """(agree, alpha, entropy) of one chunk."""
     logq, logp = aligned(logits, law)
     if isinstance(law, Tensor):
@@ -205,81 +281,129 @@ def _statistics(logits: Tensor, law: Target) -> tuple[Tensor, Tensor, Tensor]:
     return agree, overlap(logq, logp), entropy(logp)
 
 
+@dataclass
+class _Pass:
+    """What one pass over the chunks gave."""
+
+    total: Tensor
+    columns: dict[str, Tensor]  # statistics; empty unless asked for
+    grads: list[Tensor | None]  # of hidden, weight, bias: unscaled, the last two in fp32
+
+
+def _run(
+    call: _Call,
+    settings: _Settings,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    need: list[bool],
+    statistics: bool,
+    scale: Tensor | None = None,
+) -> _Pass:
+    """Go over the chunks once: values, and the gradients that are needed, times `scale`."""
+    wide, size = call.example_weight.dtype, weight.shape[0]
+    d_hidden = torch.empty_like(hidden) if need[0] else None
+    d_weight = torch.zeros_like(weight, dtype=wide) if need[1] else None
+    d_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and need[2] else None
+    total = torch.zeros((), dtype=wide, device=hidden.device)
+    parts: list[RowValues] = []
+    context = Context(shard=settings.shard, statistics=statistics)
+    own = own_gradient(settings.row_loss)
+    with torch.autocast(_autocast_kind(hidden.device), enabled=False):
+        for start in range(0, hidden.shape[0], settings.chunk_rows):
+            index = slice(start, start + settings.chunk_rows)
+            h, w = hidden[index], call.example_weight[index]
+            logits = _logits(h, weight, bias, context.scratch("logits", h.shape[0], size, h))
+            if logits.dtype != wide:
+                logits = context.scratch("wide", h.shape[0], size, w).copy_(logits)
+            law = _law(call.target, index, size, context.scratch)
+            scaled = w if scale is None else w * scale
+            if own is not None:
+                values = own(logits, law, scaled if any(need) else None, context)
+                d_logits = logits
+            else:
+                values, d_logits = _by_autograd(
+                    settings.row_loss, logits, law, scaled if any(need) else None, statistics
+                )
+            total += (values.loss * w).sum()
+            if statistics:
+                parts.append(values)
+            if any(need):
+                low = d_logits.to(h.dtype)
+                if d_hidden is not None:
+                    torch.mm(low, weight, out=d_hidden[index])
+                if d_weight is not None:
+                    if low.dtype == wide:
+                        d_weight.addmm_(low.T, h)
+                    else:
+                        d_weight += low.T @ h
+                if d_bias is not None:
+                    d_bias += d_logits.sum(0)
+    if settings.shard is not None and d_hidden is not None:
+        settings.shard.sum(d_hidden)
+    return _Pass(total, _columns(parts, total) if statistics else {}, [d_hidden, d_weight, d_bias])
+
+
+def _by_autograd(
+    row_loss: RowLoss, logits: Tensor, law: Target, weight: Tensor | None, statistics: bool
+) -> tuple[RowValues, Tensor]:
+    logits = logits.detach()
+    with torch.set_grad_enabled(weight is not None):
+        loss = row_loss(logits.requires_grad_(weight is not None), law)
+        d_logits = logits if weight is None else torch.autograd.grad((loss * weight).sum(), logits)[0]
+    measured = statistics_of(logits.detach(), law) if statistics else (None, None, None)
+    return RowValues(loss.detach(), *measured), d_logits
+
+
+def _columns(parts: list[RowValues], total: Tensor) -> dict[str, Tensor]:
+    """The statistics of all chunks, by name; the four of every row loss come first."""
+    if not parts:
+        none = total.new_zeros(0)
+        return {"loss": none, "agree": none.bool(), "alpha": none, "entropy": none}
+    rows = [{"loss": p.loss, "agree": p.agree, "alpha": p.alpha, "entropy": p.entropy, **p.more} for p in parts]
+    return {name: torch.cat([cast(Tensor, row[name]) for row in rows]) for name in rows[0]}
+
+
 class _ChunkedHead(torch.autograd.Function):
-    """(total, loss [M], agree [M], alpha [M], entropy [M]); the last three only with statistics."""
+    """(total, loss [M], agree [M], alpha [M], entropy [M], what the row loss adds); all but the first only with
+    statistics. `names` receives the names of what it adds.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        call: _Call,
-        row_loss: RowLoss,
-        chunk_rows: int,
-        statistics: bool,
-        grad: bool,
-    ) -> tuple[Tensor, ...]:
-        need = [grad and needed for needed in ctx.needs_input_grad[:3]]
-        wide = call.example_weight.dtype
-        d_hidden = torch.empty_like(hidden) if need[0] else None
-        d_weight = torch.zeros_like(weight, dtype=wide) if need[1] else None
-        d_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and need[2] else None
-        total = torch.zeros((), dtype=wide, device=hidden.device)
-        stats: list[tuple[Tensor, ...]] = []
-        with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, hidden.shape[0], chunk_rows):
-                index = slice(start, start + chunk_rows)
-                h, w = hidden[index], call.example_weight[index]
-                logits = F.linear(h, weight, bias).to(wide)
-                law = _law(call.target, index, weight.shape[0])
-                with torch.set_grad_enabled(any(need)):
-                    loss = row_loss(logits.requires_grad_(any(need)), law)
-                    part = (loss * w).sum()
-                total += part.detach()
-                if statistics:
-                    stats.append((loss.detach(), *_statistics(logits.detach(), law)))
-                if any(need):
-                    (d_logits,) = torch.autograd.grad(part, logits)
-                    d_low = d_logits.to(h.dtype)
-                    if d_hidden is not None:
-                        torch.mm(d_low, weight, out=d_hidden[index])
-                    if d_weight is not None:
-                        d_weight += d_low.T @ h
-                    if d_bias is not None:
-                        d_bias += d_logits.sum(0)
-        ctx.save_for_backward(d_hidden, d_weight, d_bias)
-        ctx.weight_dtype = weight.dtype
-        columns = tuple(torch.cat(column) for column in zip(*stats, strict=True)) if stats else ()
-        if statistics and not stats:
-            none = total.new_zeros(0)
-            columns = (none, none.bool(), none, none)
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call, settings: _Settings,
+        names: list[str],
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        need = [settings.grad and needed for needed in ctx.needs_input_grad[:3]]
+        ctx.need, ctx.settings = need, settings
+        ctx.dtypes = [hidden.dtype, weight.dtype, weight.dtype]
+        ctx.grads = None
+        if settings.recompute:
+            ctx.save_for_backward(hidden, weight, bias)
+            done = _run(call, settings, hidden, weight, bias, [False] * 3, settings.statistics)
+            ctx.call = replace(call, hidden=hidden.new_empty(0), weight=weight.new_empty(0))
+        else:
+            done = _run(call, settings, hidden, weight, bias, need, settings.statistics)
+            ctx.grads = done.grads
+        names += list(done.columns)[4:]
+        columns = tuple(done.columns.values())
         ctx.mark_non_differentiable(*columns)
-        return (total, *columns)
+        return (done.total, *columns)
 
     @staticmethod
     def backward(ctx: Any, d_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, d_weight, d_bias = ctx.saved_tensors
-        scaled = (
-            None if d_hidden is None else d_hidden * d_total.to(d_hidden.dtype),
-            None if d_weight is None else (d_weight * d_total).to(ctx.weight_dtype),
-            None if d_bias is None else (d_bias * d_total).to(ctx.weight_dtype),
-        )
-        return (*scaled, None, None, None, None, None)
-
-
-def _torch_ce(call: _Call, chunk_rows: int) -> Tensor:
-    """Cross-entropy on labels by torch's own chunked op; with all weights 1 it makes the gradients in forward."""
-    assert isinstance(call.target, Tensor)
-    if call.hidden.shape[0] == 0:
-        return (call.hidden.sum() + 0.0 * call.weight.sum()).to(call.example_weight.dtype)
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_rows, chunking_method=None)
-    loss: Tensor = F.linear_cross_entropy(
-        call.hidden,
-        call.weight,
-        call.target,
-        linear_bias=call.bias,
-        reduction="sum" if call.uniform else "none",
-        options=options,
-    )
-    return loss.to(call.example_weight.dtype) if call.uniform else (loss * call.example_weight).sum()
+        settings: _Settings = ctx.settings
+        if settings.recompute:
+            hidden, weight, bias = ctx.saved_tensors
+            grads = _run(ctx.call, settings, hidden, weight, bias, ctx.need, False, d_total).grads
+        else:
+            if ctx.grads is None:
+                raise InvalidState("backward through the chunked head a second time: pass retain_graph=True to it")
+            grads = ctx.grads
+            if settings.retain_graph:
+                grads = [None if g is None else g * d_total.to(g.dtype) for g in grads]
+            else:  # in place: no second [V, D] buffer, and AccumulateGrad takes this one as .grad
+                ctx.grads = None
+                grads = [None if g is None else g.mul_(d_total.to(g.dtype)) for g in grads]
+        cast_grads = (None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
+        return (*cast_grads, None, None, None)

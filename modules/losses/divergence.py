@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from draftsmith.inference.errors import InvalidValue, unknown_choice
 from draftsmith.inference.laws import TeacherLaw
 
-# stands in for log 0 where a finite number is needed: its exp is exactly 0, and 0 * _FLOOR is 0 where 0 * -inf is NaN
-_FLOOR = -1e9
+# stands in for log 0 where a finite number is needed: its exp is exactly 0, and 0 * FLOOR is 0 where 0 * -inf is NaN
+FLOOR = -1e9
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,14 @@ def aligned(logits: Tensor, target: Target) -> tuple[Tensor, Tensor]:
     if ids.shape[-1] == z.shape[-1]:
         return logq, logp
     # the tail's mass is summed from the tail itself: 1 - (mass on ids) would lose every digit of a small one
-    rest = z.scatter(-1, ids, _FLOOR).logsumexp(-1, keepdim=True) - log_z
+    rest = z.scatter(-1, ids, FLOOR).logsumexp(-1, keepdim=True) - log_z
     return torch.cat([logq, rest], -1), torch.cat([logp, tail.unsqueeze(-1)], -1)
 
 
 def _kl(logp: Tensor, logq: Tensor) -> Tensor:
     """sum_v p (log p - log q) -> [c]; 0 log 0 = 0; +inf where p > 0 = q. Gradients are finite on both sides."""
     p_zero, q_zero = logp == -math.inf, logq == -math.inf
-    lp, lq = logp.masked_fill(p_zero, _FLOOR), logq.masked_fill(q_zero, _FLOOR)
+    lp, lq = logp.masked_fill(p_zero, FLOOR), logq.masked_fill(q_zero, FLOOR)
     p = lp.exp()
     terms = torch.where(p_zero | q_zero, 0.0, p * (lp - lq))
     return torch.where((~p_zero & q_zero & (p > 0)).any(-1), math.inf, terms.sum(-1))
@@ -116,7 +116,7 @@ def jsd(logits: Tensor, target: Target, beta: float = 0.5) -> Tensor:
             f"jsd beta must lie strictly between 0 and 1, got {beta}: use forward_kl or reverse_kl at the ends"
         )
     logq, logp = aligned(logits, target)
-    lq, lp = logq.clamp_min(_FLOOR), logp.clamp_min(_FLOOR)  # two exact zeros in one category would give NaN gradients
+    lq, lp = logq.clamp_min(FLOOR), logp.clamp_min(FLOOR)  # two exact zeros in one category would give NaN gradients
     logm = torch.logaddexp(lp + math.log(beta), lq + math.log1p(-beta))
     return (beta * lp.exp() * (lp - logm) + (1.0 - beta) * lq.exp() * (lq - logm)).sum(-1)
 
