@@ -19,7 +19,7 @@ from draftsmith.inference.errors import InvalidState, InvalidValue
 from draftsmith.modules.export_spec import ExportSpec
 from draftsmith.modules.hf_model import HFModel, last_hidden, output_head, set_special_ids, special_ids
 from draftsmith.modules.losses.chunked_head import HeadLoss, chunked_head
-from draftsmith.modules.losses.divergence import ROW_LOSSES
+from draftsmith.modules.losses.divergence import ROW_LOSSES, RowLoss
 from draftsmith.modules.optim import FiniteGuard, OptimConfig, build_optimizer
 
 if TYPE_CHECKING:
@@ -120,7 +120,11 @@ class LM(pl.LightningModule):
         return build_optimizer(self.named_parameters(), self.optim, self.trainer.estimated_stepping_batches)
 
     def loss(self, batch: TokenBatch, statistics: bool) -> HeadLoss:
-        """Cross-entropy of a batch, summed over its label tokens. Raises InvalidValue for rows too long for the net."""
+        """Cross-entropy of a batch, summed over its label tokens."""
+        return self.head_loss(batch, ROW_LOSSES["ce"], statistics)
+
+    def head_loss(self, batch: TokenBatch, row_loss: RowLoss, statistics: bool) -> HeadLoss:
+        """A row loss summed over the label tokens. Raises InvalidValue for rows too long for the network."""
         net = self._built()
         limit = getattr(net.config, "max_position_embeddings", None)
         if limit is not None and batch.ids.shape[1] > limit:
@@ -138,11 +142,12 @@ class LM(pl.LightningModule):
             hidden[:, :-1].flatten(0, 1),  # row t predicts token t + 1
             weight,
             batch.ids[:, 1:].flatten(),
-            row_loss=ROW_LOSSES["ce"],
+            row_loss=row_loss,
             example_weight=labelled.flatten(),
             bias=bias,
             chunk_rows=self.chunk_rows,
             statistics=statistics,
+            mode="recompute" if self.gradient_checkpointing else "auto",
         )
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:

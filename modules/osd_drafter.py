@@ -24,7 +24,9 @@ from draftsmith.inference.hf_adapter import HFEngine
 from draftsmith.modules.export_spec import ExportSpec
 from draftsmith.modules.hf_model import FrozenTeacher, HFModel, last_hidden, output_head, set_special_ids, special_ids
 from draftsmith.modules.losses.chunked_head import HeadLoss, chunked_head
+from draftsmith.modules.losses.costs import TokenCosts
 from draftsmith.modules.losses.divergence import NEEDS_FULL_SUPPORT, ROW_LOSSES, RowLoss, row_loss
+from draftsmith.modules.losses.emo import EMO
 from draftsmith.modules.metrics import LawMeans
 from draftsmith.modules.optim import FiniteGuard, OptimConfig, lr_factor, parameter_groups
 from draftsmith.modules.osd_sources import SOURCES, rewrite
@@ -76,7 +78,8 @@ class OSDDrafter(pl.LightningModule):
             draft: the draft, by path (warm start) or by sizes.
             drafts: several drafts instead, by the keys of the router; for online learning.
             teacher: the target, for text; online learning has its laws in the batches and needs none.
-            loss: ce (label fine-tuning), forward_kl, reverse_kl, jsd, fkl_rkl_mix or tvd.
+            loss: ce (label fine-tuning), forward_kl, reverse_kl, jsd, fkl_rkl_mix, tvd, or emo (forward KL and a bound
+                of the transport cost between the laws, token costs from the target's head).
             jsd_beta: weight of KL(p || m) in jsd.
             forward_kl_steps: optimizer steps with forward_kl before `loss` begins (tvd needs such a warm-up).
             source: who writes the text: teacher (the data as it is), student, mix_request, mix_token. All but
@@ -139,6 +142,7 @@ class OSDDrafter(pl.LightningModule):
         )
         self.nets = nn.ModuleList()  # one per key of `specs`, in that order
         self.teacher: FrozenTeacher | None = None
+        self._emo: EMO | None = None  # made when first needed: the target is there by then, on its device
         self.val_means, self.test_means = LawMeans(), LawMeans()
         self.lr_start = 0  # optimizer step at which the schedule last began
         self._finite = FiniteGuard()
@@ -239,7 +243,15 @@ class OSDDrafter(pl.LightningModule):
 
     def _row_loss_now(self) -> RowLoss:
         warm = self.training and self.trainer_step < self.forward_kl_steps
-        return ROW_LOSSES["forward_kl"] if warm else self.row_loss
+        return ROW_LOSSES["forward_kl"] if warm else self.row_loss or self._emo_loss()
+
+    def _emo_loss(self) -> EMO:
+        if self._emo is None:
+            head = output_head(self._teacher().model)[0]
+            sizes = [self.net(i).config.vocab_size for i in range(len(self.nets))]
+            common = min(len(head), *sizes)  # the chunked head cuts padded rows, too
+            self._emo = EMO(TokenCosts.of(head[:common]))
+        return self._emo
 
     @property
     def trainer_step(self) -> int:
@@ -429,8 +441,11 @@ class OSDDrafter(pl.LightningModule):
         )
 
 
-def _check_loss(name: str, jsd_beta: float, forward_kl_steps: int) -> RowLoss:
-    found = row_loss(name, jsd_beta)
+def _check_loss(name: str, jsd_beta: float, forward_kl_steps: int) -> RowLoss | None:
+    """The row loss of that name; None for emo, whose costs need the target."""
+    if name not in (*ROW_LOSSES, "emo"):
+        raise unknown_choice("loss", name, (*ROW_LOSSES, "emo"))
+    found = None if name == "emo" else row_loss(name, jsd_beta)
     if forward_kl_steps < 0:
         raise InvalidValue(f"forward_kl_steps must be at least 0, got {forward_kl_steps}")
     if name == "ce" and forward_kl_steps:

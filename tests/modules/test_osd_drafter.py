@@ -14,7 +14,7 @@ from draftsmith.data.batches import OnlineBatch, TokenBatch
 from draftsmith.data.online_buffer import collate
 from draftsmith.inference.errors import InvalidState, InvalidValue, UnknownKey
 from draftsmith.inference.laws import Record, TeacherLaw
-from draftsmith.modules.hf_model import FrozenTeacher, HFModel
+from draftsmith.modules.hf_model import FrozenTeacher, HFModel, output_head
 from draftsmith.modules.losses.divergence import row_loss
 from draftsmith.modules.optim import OptimConfig
 from draftsmith.modules.osd_drafter import OSDDrafter
@@ -112,7 +112,7 @@ def test_tokens_behind_a_mark_do_not_matter() -> None:
     assert torch.equal(module.online_loss(batch).total, before)
 
 
-@pytest.mark.parametrize("loss", ["forward_kl", "reverse_kl", "jsd", "fkl_rkl_mix", "tvd", "ce"])
+@pytest.mark.parametrize("loss", ["forward_kl", "reverse_kl", "jsd", "fkl_rkl_mix", "tvd", "ce", "emo"])
 def test_one_small_step_lowers_the_loss_on_a_fixed_record(loss: str) -> None:
     module, batch = drafter(loss=loss), online()
     before = module.online_loss(batch).total
@@ -123,7 +123,7 @@ def test_one_small_step_lowers_the_loss_on_a_fixed_record(loss: str) -> None:
     assert module.online_loss(batch).total < before
 
 
-@pytest.mark.parametrize("loss", ["forward_kl", "reverse_kl", "jsd", "fkl_rkl_mix", "tvd"])
+@pytest.mark.parametrize("loss", ["forward_kl", "reverse_kl", "jsd", "fkl_rkl_mix", "tvd", "emo"])
 def test_losses_are_zero_only_where_the_draft_has_the_targets_law(loss: str) -> None:
     module, batch = drafter(loss=loss), online()
     out = module.online_loss(batch).stats
@@ -143,9 +143,23 @@ def test_jsd_is_bounded_and_symmetric() -> None:
     assert bool((ab >= 0).all()) and bool((ab <= torch.log(torch.tensor(2.0)) + 1e-6).all())
 
 
-def test_text_loss_equals_the_recorded_one() -> None:
+def test_emo_takes_its_costs_from_the_target() -> None:
+    module = drafter(loss="emo", draft=HFModel(arch=ARCH | {"vocab_size": V + 3}))
+    out = module.text_loss(text())
+    loss = module._emo_loss()
+    head = output_head(teacher().model)[0]
+    torch.testing.assert_close(loss.costs.unit, head / head.norm(dim=-1, keepdim=True))  # cut to the common rows
+    assert out.stats is not None and set(out.stats.more) == {"nll", "cost"}
+    lone = drafter(loss="emo")
+    lone.teacher = None
+    with pytest.raises(InvalidState, match=r"set model\.teacher\.path"):
+        lone.online_loss(online())
+
+
+@pytest.mark.parametrize("loss", ["forward_kl", "emo"])
+def test_text_loss_equals_the_recorded_one(loss: str) -> None:
     """The live teacher and laws recorded from it are the same thing."""
-    module = drafter()
+    module = drafter(loss=loss)
     batch = text(rows=1, width=8, first=3)
     live = module.text_loss(batch)
     at = torch.arange(3, 8)
