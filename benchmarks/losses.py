@@ -57,7 +57,7 @@ def make(row: str, vocab: int, tokens: int, width: int, chunk_rows: int | None =
     labels = torch.multinomial(1 / rank, tokens, replacement=True, generator=g)
     # embeddings of rank 64 and some noise, as trained ones roughly are: a projection then has something to find
     weight = torch.randn(vocab, 64, generator=g) @ torch.randn(64, width, generator=g)
-    weight.mul_(0.05).add_(torch.randn(vocab, width, generator=g), alpha=0.02)
+    weight.mul_(2.0 / (8 * width**0.5)).add_(torch.randn(vocab, width, generator=g), alpha=0.01)  # logits of 2 or so
     inputs = Inputs(torch.randn(tokens, width, generator=g), weight, labels, chunk_rows)
     if "emo" in row:
         inputs.costs = TokenCosts.of(weight, project=128 if row == "emo-128" else None)

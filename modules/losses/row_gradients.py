@@ -151,16 +151,19 @@ def split(logits: Tensor, ids: Tensor, context: Context) -> Split:
         lse_rest = lse_own
     else:
         top, lse_rest = shard.max(top), shard.logsumexp(lse_own)
-    lse = torch.logaddexp(lse_rest, named.logsumexp(-1))
+    lse_named = named.logsumexp(-1)
+    # -log(1 + x) keeps the digits of a small x, where the difference of two logsumexps would lose them
+    logq_named = -torch.logaddexp(torch.zeros_like(lse_rest), lse_rest - lse_named)
+    logq_rest = -torch.logaddexp(torch.zeros_like(lse_rest), lse_named - lse_rest)
     return Split(
         ids=ids,
         own=own,
         logits=named,
-        logq=named - lse.unsqueeze(-1),
-        logq_rest=lse_rest - lse,
+        logq=(named - lse_named.unsqueeze(-1)) + logq_named.unsqueeze(-1),
+        logq_rest=logq_rest,
         top=top,
         rest=logits,
-        factor=(lse_own - lse).exp(),
+        factor=(lse_own - lse_rest + logq_rest).exp(),
     )
 
 
