@@ -22,10 +22,10 @@ install: $(STAMP)  ## make .venv with the tested versions (every other target do
 # beside it pip may pass over a wheel that lies on this machine.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "draftsmith needs Python 3.11 or newer, but $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
-	@echo "installing draftsmith[train,dev] into $(VENV) (minutes the first time)" >&2
+	@echo "installing draftsmith[train,deepspeed,dev] into $(VENV) (minutes the first time)" >&2
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) "$$(grep '^torch==' constraints.txt)"
-	@$(PIP) -c constraints.txt -e '.[train,dev]'
+	@DS_BUILD_OPS=0 $(PIP) -c constraints.txt -e '.[train,deepspeed,dev]'
 	@touch $@
 
 demo: $(STAMP)  ## train, serve, distil online, export and measure on this machine, in minutes; writes runs/demo

@@ -145,6 +145,12 @@ def output_head(model: "PreTrainedModel") -> tuple[Tensor, Tensor | None]:
     return head.weight, head.bias
 
 
+def head_rows(model: "PreTrainedModel") -> int:
+    """Rows V of the head, also while its weight is cut to pieces (ZeRO-3 leaves an empty tensor between steps)."""
+    rows: int = model.get_output_embeddings().out_features
+    return rows
+
+
 def last_hidden(
     model: "PreTrainedModel",
     ids: Tensor,  # int64 [B, T]
@@ -188,7 +194,7 @@ class FrozenTeacher:
     @property
     def vocab_size(self) -> int:
         """Rows of its head, padding included."""
-        return output_head(self.model)[0].shape[0]
+        return head_rows(self.model)
 
     @torch.no_grad()
     def hidden(self, ids: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:

@@ -17,10 +17,10 @@ from draftsmith.data.batches import TokenBatch
 from draftsmith.inference import manifest
 from draftsmith.inference.errors import InvalidState, InvalidValue
 from draftsmith.modules.export_spec import ExportSpec
-from draftsmith.modules.hf_model import HFModel, last_hidden, output_head, set_special_ids, special_ids
+from draftsmith.modules.hf_model import HFModel, head_rows, last_hidden, output_head, set_special_ids, special_ids
 from draftsmith.modules.losses.chunked_head import HeadLoss, chunked_head
 from draftsmith.modules.losses.divergence import ROW_LOSSES, RowLoss
-from draftsmith.modules.optim import FiniteGuard, OptimConfig, build_optimizer
+from draftsmith.modules.optim import FiniteGuard, OptimConfig, build_optimizer, spoilt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -156,16 +156,18 @@ class LM(pl.LightningModule):
         total, count = cast(Tensor, self.trainer.strategy.reduce(sums, reduce_op="sum"))
         count = count.clamp_min(1)
         self.log("train/loss", (total / count).float(), prog_bar=True, batch_size=len(batch.ids))
-        self._skip = not self._finite(total)
+        # gradients may be accumulated: one bad batch spoils the whole step
+        self._skip = not self._finite(total) or self._skip
         self.log("train/skipped", float(self._finite.skipped), batch_size=len(batch.ids))
         # the strategy averages gradients over ranks: this makes the average the gradient of the global mean
         scale: Tensor = self.trainer.world_size / count
-        return out.total * scale.float()
+        return out.total * (spoilt(scale) if self._skip else scale).float()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self._skip:  # returning no loss instead is refused by Lightning on more than one rank
             for p in self.parameters():
                 p.grad = None  # AdamW leaves parameters without a gradient, and their moments, alone
+        self._skip = False
 
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
         self.val_means.update(self.loss(batch, statistics=True))
@@ -200,7 +202,7 @@ class LM(pl.LightningModule):
         self._checked = True
         data, net = getattr(self.trainer, "datamodule", None), self._built()
         size = getattr(data, "vocab_size", None)
-        rows = output_head(net)[0].shape[0]
+        rows = head_rows(net)
         if size is not None and size > rows:
             raise InvalidValue(
                 f"the tokenizer has {size} ids and the network only {rows} rows: set model.arch.vocab_size to {size}"

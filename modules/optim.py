@@ -116,3 +116,12 @@ class FiniteGuard:
                 "check the data, then resume from the last checkpoint"
             )
         return False
+
+
+def spoilt(scale: Tensor) -> Tensor:
+    """NaN in place of a loss's scale: every gradient of a step that is to be skipped is then NaN on every rank.
+
+    Strategies that own the gradients (DeepSpeed) leave a step out whose gradient norm is not finite; elsewhere the
+    module drops the gradients itself.
+    """
+    return torch.full_like(scale, math.nan)

@@ -28,7 +28,7 @@ from draftsmith.modules.losses.costs import TokenCosts
 from draftsmith.modules.losses.divergence import NEEDS_FULL_SUPPORT, ROW_LOSSES, RowLoss, row_loss
 from draftsmith.modules.losses.emo import EMO
 from draftsmith.modules.metrics import LawMeans
-from draftsmith.modules.optim import FiniteGuard, OptimConfig, lr_factor, parameter_groups
+from draftsmith.modules.optim import FiniteGuard, OptimConfig, lr_factor, parameter_groups, spoilt
 from draftsmith.modules.osd_sources import SOURCES, rewrite
 from draftsmith.modules.vocabulary import check_vocabulary
 
@@ -314,7 +314,7 @@ class OSDDrafter(pl.LightningModule):
         self.log("train/skipped", float(self._finite.skipped), batch_size=size)
         # the strategy averages gradients over ranks: this makes the average the gradient of the global mean
         scale: Tensor = self.trainer.world_size / count
-        return out.total * scale.float()
+        return out.total * (spoilt(scale) if self._skip else scale).float()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         for index, net in enumerate(self.nets):

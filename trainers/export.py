@@ -33,6 +33,7 @@ from draftsmith.inference.rng import uniform
 from draftsmith.modules.export_spec import ExportSpec
 from draftsmith.trainers import runs
 from draftsmith.trainers.provenance import collect
+from draftsmith.trainers.strategies import read_state
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SEAL_ROWS, SEAL_TOKENS = 2, 48  # B and T of the fixed inputs
@@ -359,11 +360,13 @@ def _checkpoint_file(run: Path, which: str | None) -> Path:
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise InvalidValue(f"no such checkpoint file: {path} (give best, last or the path of a .ckpt file)")
+    if not path.exists():
+        raise InvalidValue(f"no such checkpoint: {path} (give best, last or the path of a .ckpt file or directory)")
     lack = runs.missing_part(path, ("state_dict",))
     if lack is not None:
         raise InvalidValue(f"checkpoint {path} cannot be exported: {lack}; take an earlier one (--checkpoint PATH)")
+    if path.is_dir():
+        return read_state(path)
     stored: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return stored
 

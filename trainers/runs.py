@@ -23,7 +23,7 @@ from typing import Any, Self
 import torch
 
 from draftsmith.inference.errors import InvalidState, InvalidValue
-from draftsmith.trainers import slurm_job
+from draftsmith.trainers import shards, slurm_job
 
 ROOT = Path("runs")
 FOLDER_VARIABLE = "DRAFTSMITH_RUN_FOLDER"  # how rank 0 tells the ranks that it launches which folder is theirs
@@ -197,7 +197,12 @@ def step_of(path: Path) -> int:
 
 
 def missing_part(path: Path, needed: tuple[str, ...] = _NEEDED) -> str | None:
-    """What a checkpoint file lacks, in words; None for a whole one. Tensors are mapped, not read."""
+    """What a checkpoint lacks, in words; None for a whole one. Tensors are mapped, not read.
+
+    `needed` are keys of a single file; a directory (trainers/shards.py) holds everything or is not whole.
+    """
+    if path.is_dir():
+        return shards.missing_part(path)
     try:
         content: Any = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except _DAMAGE as e:

@@ -7,6 +7,7 @@ import sys
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -19,7 +20,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasti
 from omegaconf import OmegaConf
 
 from draftsmith.inference.errors import InvalidState, InvalidValue
-from draftsmith.trainers import runs, slurm_job
+from draftsmith.trainers import runs, slurm_job, strategies
 from draftsmith.trainers.callbacks.checkpoint import (
     CheckpointConfig,
     RandomStates,
@@ -90,6 +91,7 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         asked = self.config_init.trainer
+        strategies.check(asked.strategy, asked.accelerator, asked.precision)
         callbacks: list[Callback] = [*(asked.callbacks or [])]
         forced: dict[str, Any] = {"callbacks": callbacks, "enable_model_summary": False}
         plugins = asked.plugins if isinstance(asked.plugins, list) else [asked.plugins] if asked.plugins else []
@@ -206,6 +208,8 @@ def fit(given: "Given") -> int:
     with ExitStack() as stack, one_line():
         cli = FitCLI(given, run, stack)
         ckpt = None if cli.resumed is None else str(cli.resumed)
+        if cli.resumed is not None:
+            strategies.check_resume(cli.trainer, cli.resumed, cli.config_init.checkpoint.elastic)
         if first:
             os.environ[runs.FOLDER_VARIABLE] = str(run)  # for the ranks that the trainer launches
             stack.callback(os.environ.pop, runs.FOLDER_VARIABLE, None)
@@ -252,8 +256,8 @@ def _resume_point(given: "Given", run: Path) -> Path | None:
                 warnings.simplefilter("ignore", runs.TornCheckpoint)
             return runs.newest_checkpoint(run)
     path = runs.checkpoint(run, given.ckpt_path) if given.ckpt_path in ("best", "last") else Path(given.ckpt_path)
-    if not path.is_file():
-        raise InvalidValue(f"no checkpoint file {str(path)!r}")
+    if not path.exists():
+        raise InvalidValue(f"no checkpoint {str(path)!r}")
     lack = runs.missing_part(path)
     if lack is not None:
         raise InvalidValue(f"cannot resume from {path}: {lack}")
@@ -275,7 +279,9 @@ def evaluate(given: "Given") -> int:
         cli = TrainingCLI(given, run)
         check = cli.trainer.validate if given.verb == "validate" else cli.trainer.test
         path = None if ckpt is None else str(ckpt)
-        results = check(cli.model, datamodule=cli.datamodule, ckpt_path=path, verbose=False)
+        with TemporaryDirectory(prefix="draftsmith-") as scratch:
+            one = None if ckpt is None else strategies.single_file(ckpt, Path(scratch))
+            results = check(cli.model, datamodule=cli.datamodule, ckpt_path=one, verbose=False)
     if not results or not results[0]:
         raise InvalidState(f"the data of this config has nothing to {given.verb}")
     figures = {"checkpoint": path, **results[0]}
@@ -296,8 +302,8 @@ def _evaluated(given: "Given", run: Path | None) -> Path | None:
         which = given.ckpt_path or ("best" if any((run / runs.CHECKPOINTS).glob("best-*.ckpt")) else "last")
         return runs.checkpoint(run, which)
     path = Path(given.ckpt_path)
-    if not path.is_file():
-        raise InvalidValue(f"no checkpoint file {str(path)!r}")
+    if not path.exists():
+        raise InvalidValue(f"no checkpoint {str(path)!r}")
     lack = runs.missing_part(path, ("state_dict",))
     if lack is not None:
         raise InvalidValue(f"cannot evaluate {path}: {lack}")
@@ -310,6 +316,7 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", r"Checkpoint directory .* exists and is not empty", module="lightning.*")
     warnings.filterwarnings("ignore", r"The `srun` command is available", module="lightning.*")  # outside of jobs
+    warnings.filterwarnings("ignore", r"`torch.distributed.*` is deprecated", FutureWarning)  # DeepSpeed calls them
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", module="lightning.*")
 
 

@@ -21,6 +21,7 @@ from draftsmith.inference.sampling import SamplingParams
 from draftsmith.inference.served_draft import engine_of, write_weights
 from draftsmith.modules.metrics import Acceptance
 from draftsmith.modules.osd_drafter import OSDDrafter
+from draftsmith.trainers.strategies import gathered
 
 
 class AcceptanceEval(Callback):
@@ -93,11 +94,12 @@ class AcceptanceEval(Callback):
             self._requests = self._find_requests(trainer)
         if self._target is None:
             self._target = self._find_target(trainer, module)
-        if not self._drafts:
-            self._drafts = [engine_of(net) for net in module.nets]
-        else:
-            for engine, net in zip(self._drafts, module.nets, strict=True):
-                write_weights(engine, net.state_dict())
+        for index, net in enumerate(module.nets):
+            with gathered(trainer, net):
+                if index == len(self._drafts):
+                    self._drafts.append(engine_of(net))
+                else:
+                    write_weights(self._drafts[index], net.state_dict())
 
     def _find_requests(self, trainer: pl.Trainer) -> list[TokenRequest]:
         data: Any = getattr(trainer, "datamodule", None)

@@ -1,5 +1,6 @@
 """Checkpoints that resume exactly: by steps, best by a metric, and with every generator's state."""
 
+import dataclasses
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ class CheckpointConfig:
     keep: int = 2  # newest step checkpoints that stay; more than one, so that a torn one is no disaster
     monitor: str | None = "val/loss"  # the best by this metric is kept as weights; null: none is
     mode: str = "min"
+    elastic: bool = False  # ZeRO: go on from another number of ranks (converts once, about as long as three saves)
 
     def __post_init__(self) -> None:
         if self.every_n_steps < 1 or self.keep < 1:
@@ -44,6 +46,12 @@ class StepCheckpoint(Checkpoint):
         self.saved = 0  # the step saved last
         self._step_before = -1
         self._waiting = False  # a save is due, and the data has not come to rest yet
+        self._global_batch: int | None = None
+        self._loaded_batch: int | None = None  # of the run that saved
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._global_batch = global_batch(trainer)
+        self._recount(trainer)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         self._step_before = trainer.global_step
@@ -87,6 +95,28 @@ class StepCheckpoint(Checkpoint):
         if self.stepped(trainer) and (due or last or self._waiting):
             self.save_now(trainer)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"global_batch": self._global_batch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loaded_batch = state_dict["global_batch"]
+
+    def _recount(self, trainer: pl.Trainer) -> None:
+        """After a change of ranks: the data goes on by samples, the trainer counts batches, so count in new ones."""
+        before, now, self._loaded_batch = self._loaded_batch, self._global_batch, None
+        if before is None or now is None or before == now:
+            return
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        samples = progress.current.completed * before
+        if samples % now:
+            raise InvalidValue(
+                f"the checkpoint stands at sample {samples} of its epoch, which is no multiple of the {now} samples of "
+                f"a batch over all ranks: choose batch_size so that batch_size x ranks divides {before}, as it was"
+            )
+        for counts in (progress.current, progress.total):
+            for name, count in dataclasses.asdict(counts).items():
+                setattr(counts, name, round(count * before / now))
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not getattr(trainer.datamodule, "may_checkpoint", True):
             rank_zero_warn(
@@ -94,6 +124,13 @@ class StepCheckpoint(Checkpoint):
                 "(data.buffer.persist keeps them)"
             )
         self._save(trainer)  # also for runs that end by epochs or time
+
+
+def global_batch(trainer: pl.Trainer) -> int | None:
+    """Samples of a batch over all ranks; None for loaders that do not say (online data: updates, not samples)."""
+    loader = trainer.train_dataloader
+    size = getattr(loader, "global_batch", None)
+    return size if isinstance(size, int) else None
 
 
 def best_checkpoint(directory: Path, config: CheckpointConfig) -> ModelCheckpoint | None:

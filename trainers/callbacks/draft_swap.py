@@ -28,10 +28,11 @@ from draftsmith.inference.engine import Engine
 from draftsmith.inference.errors import InvalidType, InvalidValue
 from draftsmith.inference.laws import Record, TeacherLaw
 from draftsmith.inference.served_draft import ServedDraft, engine_of, network_of
-from draftsmith.modules.hf_model import HFModel
+from draftsmith.modules.hf_model import HFModel, head_rows
 from draftsmith.modules.losses.divergence import aligned, overlap
 from draftsmith.modules.osd_drafter import OSDDrafter
 from draftsmith.modules.vocabulary import check_vocabulary
+from draftsmith.trainers.strategies import gathered, roll_back
 
 HISTOGRAM_EVERY = 20  # updates between two histograms of accepted lengths
 
@@ -161,7 +162,10 @@ class DraftSwap(Callback):
         data, module = _data(trainer), cast(OSDDrafter, pl_module)
         stream = _stream(trainer)
         vocab = min(_vocabulary(data, module, i) for i in range(len(module.nets)))
-        self.drafts = [ServedDraft(lambda net=net: engine_of(net)) for net in module.nets]  # type: ignore[misc]  # the default binds the loop variable
+        self.drafts = []
+        for net in module.nets:
+            with gathered(trainer, net):
+                self.drafts.append(ServedDraft(lambda net=net: engine_of(net)))  # type: ignore[misc]  # the default binds the loop variable
         state, self._loaded = self._loaded, None
         if state is not None:
             for draft, version in zip(self.drafts, state["versions"], strict=True):
@@ -206,7 +210,8 @@ class DraftSwap(Callback):
     def decide(self, trainer: pl.Trainer, module: OSDDrafter, stream: OnlineStream, index: int) -> Verdict:
         """Swap the new weights of a draft in, or roll them back."""
         net, served = module.net(index), self.drafts[index]
-        candidate = served.prepare(net.state_dict())
+        with gathered(trainer, net):
+            candidate = served.prepare(net.state_dict())
         verdict = Verdict(0, math.nan, -math.inf, math.inf, swap=True, tested=False)
         if self.gate:
             records = list(stream.buffers[index].heldout)
@@ -219,9 +224,7 @@ class DraftSwap(Callback):
             served.swap()
             self.counts["swaps"] += 1
         else:
-            net.load_state_dict(network_of(served.active).state_dict())
-            for p in net.parameters():
-                trainer.optimizers[0].state.pop(p, None)
+            roll_back(trainer, net, network_of(served.active).state_dict())
             self.counts["rollbacks"] += 1
         return verdict
 
@@ -314,7 +317,7 @@ def _stream(trainer: pl.Trainer) -> OnlineStream:
 def _vocabulary(data: OnlineDataModule, module: OSDDrafter, index: int) -> int:
     """Ids that target and draft share. Raises InvalidValue when an id means two tokens."""
     spec, net = module.specs[module.draft_keys[index]], module.net(index)
-    rows = net.get_output_embeddings().weight.shape[0]
+    rows = head_rows(net)
     directory = Path(spec.path) if spec.path is not None else None
     tokenizer = tokenizer_identity(directory) if directory is not None and directory.is_dir() else None
     if tokenizer is None:  # made from sizes: it learns the target's tokenizer

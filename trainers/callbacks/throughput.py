@@ -10,6 +10,8 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from draftsmith.trainers.strategies import full_size
+
 
 class Throughput(Callback):
     """Rates over the last `window` steps, validation and saving left out; no device synchronisation of its own.
@@ -25,7 +27,7 @@ class Throughput(Callback):
         self._began: float | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.flops_per_token = 6 * sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+        self.flops_per_token = 6 * sum(full_size(p) for p in pl_module.parameters() if p.requires_grad)
         device = trainer.strategy.root_device
         if device.type == "cuda":
             precision = str(trainer.precision)
