@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from draftsmith.inference.errors import InvalidState
+from draftsmith.inference.errors import InvalidState, InvalidValue
 
 # Allocations in which people try things: many commands run in one, so it is not one run (Lightning has the same rule).
 INTERACTIVE = ("bash", "interactive")
@@ -26,6 +26,20 @@ def name() -> str | None:
         return None
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return job if array is None or task is None else f"{array}_{task}"
+
+
+def check_tasks(devices: int, nodes: int) -> None:
+            f"srun started {tasks} tasks, and the trainer has {devices} x {nodes} (devices x nodes): ask for {each}, "
+            "or set trainer.devices and trainer.num_nodes to what SLURM gave (submit writes numbers that agree)"
+    Lightning looks in its distributed strategies only: with one device, two tasks would be two runs in one folder.
+    """
+    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+    if tasks != devices * nodes:
+        each = f"--ntasks-per-node={devices} and --nodes={nodes}"
+        raise InvalidValue(
+            f"srun started {tasks} tasks, and the trainer has {devices} x {nodes} (devices x nodes): ask for {each}, or set "
+            "trainer.devices and trainer.num_nodes to what SLURM gave (draftsmith submit writes numbers that agree)"
+        )
 
 
 @contextmanager

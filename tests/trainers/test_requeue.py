@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from draftsmith.inference.errors import InvalidState
+from draftsmith.inference.errors import InvalidState, InvalidValue
 from draftsmith.trainers import runs, slurm_job
 from draftsmith.trainers.callbacks.checkpoint import CheckpointConfig, StepCheckpoint
 from draftsmith.trainers.callbacks.stop_signals import Stopped, StopSignals
@@ -77,6 +77,15 @@ def test_a_requeue_that_cannot_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     with pytest.raises(InvalidState, match="cannot requeue job 14: scontrol says 'Job is not requeueable'"):
         slurm_job.requeue()
+
+
+def test_tasks_are_devices_times_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm_job.check_tasks(1, 1)
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    slurm_job.check_tasks(2, 2)
+    said = "srun started 4 tasks, and the trainer has 2 x 1 .*: ask for --ntasks-per-node=2 and --nodes=1, or"
+    with pytest.raises(InvalidValue, match=said):
+        slurm_job.check_tasks(2, 1)
 
 
 # --- the callback
@@ -197,7 +206,8 @@ def test_fit_is_requeued_and_goes_on_in_its_job_folder(place: Path) -> None:
     local.wait_for_step(place, "parts", 7, process)
     process.send_signal(signal.SIGUSR1)
     _, err = tiny_run.finish(process)
-    assert "resumes step-00000001.ckpt" in err and "requeued as job 12" in err and asked.read_text() == "requeue 12\n"
+    assert "resumes step-00000001.ckpt" in err and "requeued as job 12" in err
+    assert asked.read_text().splitlines()[-1] == "requeue 12"  # doctor may have asked before
 
     _, err = tiny_run.finish(start(place, overlay, place / "bin"))
     lines = {json.dumps(line): line["step"] for line in local.records(place, "parts")}
