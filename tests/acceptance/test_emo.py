@@ -214,15 +214,16 @@ def test_a_large_vocabulary_fits(row: str) -> None:
 @pytest.mark.parametrize("vocab", [2048, 8192, 32768, 50257, 131072, 262144])
 def test_time_over_the_vocabulary(vocab: int) -> None:
     rows = ("naive-ce", "naive-emo", *bench.TORCH, "ce", "kl", "emo", "emo-128")
-    tokens = 1024 if vocab <= 65536 else 384
-    check_times(bench.compare(vocab, tokens, 256, rows, repetitions=7 if vocab < 65536 else 5))
+    if vocab > 65536:  # its own rule was never the fastest, and takes several times as long
+        rows = tuple(row for row in rows if row != "torch-auto")
+    check_times(bench.compare(vocab, 512, 256, rows, repetitions=7 if vocab < 65536 else 5))
 
 
 @pytest.mark.parametrize("tokens", [256, 4096])
 def test_time_over_the_tokens(tokens: int) -> None:
     rows = ("naive-emo", *bench.TORCH, "ce", "kl", "emo", "emo-128")
     if tokens > 2048:
-        rows = tuple(row for row in rows if not row.startswith("naive"))  # 7 GB
+        rows = tuple(row for row in rows if row not in ("naive-emo", "torch-auto"))  # 7 GB; and too slow
     check_times(bench.compare(50257, tokens, 256, rows, repetitions=7 if tokens < 2048 else 3))
 
 
