@@ -27,6 +27,8 @@ VERBS: dict[str, dict[str, str]] = {
         "validate": "run the validation of a config on a checkpoint",
         "test": "run the test of a config on a checkpoint",
         "submit": "write a SLURM script for a training run, and submit it",
+        "doctor": "check a run before it starts: SLURM, DeepSpeed, precision, data, disk, ports, resume",
+        "plan": "what a run needs: memory per rank for each ZeRO stage, tokens, disk, hours",
         "demo": "see the whole path on this machine: train, serve, distil online, export, measure",
     },
     "Export and serve": {

@@ -1,0 +1,182 @@
+"""What a config trains on, as far as `draftsmith plan` needs it: a batch on the meta device, tokens, steps, serving."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from draftsmith.data.batches import OnlineBatch, TokenBatch
+from draftsmith.data.online_data import OnlineDataModule
+from draftsmith.data.text import TextDataModule
+from draftsmith.inference.decoders.speculative import SpeculativeSettings
+from draftsmith.inference.errors import InvalidType, InvalidValue
+from draftsmith.modules.hf_model import DTYPES, HFModel
+from draftsmith.modules.lm import LM
+from draftsmith.modules.osd_drafter import OSDDrafter
+from draftsmith.trainers import networks
+from draftsmith.trainers.checks.subject import Subject
+from draftsmith.trainers.memory import Load
+from draftsmith.trainers.meta import StepTrace, trace_step
+
+SERVED_TARGET = "served target"
+
+
+def load(subject: Subject, device: str) -> Load:
+    """What a rank carries. Builds the module on the meta device and traces one micro batch there."""
+    low = str(subject.trainer.precision or "32-true").startswith(("bf16", "16"))
+    kept = all(spec.dtype == "float32" for spec in networks.trained(subject.module).values())
+    true = str(subject.trainer.precision).endswith("-true") and low
+    compute = 2 if low or not kept else 4
+    parameters = [p for net in subject.nets.values() for p in net.parameters()]
+    trace = trace_batch(subject, "bfloat16" if compute == 2 else None, device)
+    spec = networks.teacher(subject.module)
+    return Load(
+        parameters=subject.parameters,
+        largest=max(p.numel() for p in parameters),
+        trace=trace,
+        weight_bytes=2 if true or not kept else 4,
+        compute_bytes=compute,
+        on_gpu=device != "cpu",
+        teacher=0 if spec is None else networks.parameter_bytes(networks.weightless(spec).build()),
+        serving=serving(subject),
+    )
+
+
+def trace_batch(subject: Subject, dtype: str | None, device: str) -> StepTrace:
+    """One micro batch through loss and backward on the meta device. Changes the subject's module."""
+    module, nets = subject.module, networks.without_weights(subject.module, dtype)
+    batch = meta_batch(subject)
+    frozen: list[nn.Module] = []
+    if isinstance(module, OSDDrafter) and module.teacher is not None:
+        frozen.append(module.teacher.model)
+
+    def loss() -> Tensor:
+        if isinstance(batch, OnlineBatch):
+            assert isinstance(module, OSDDrafter)
+            return module.online_loss(batch).total
+        if isinstance(module, OSDDrafter):
+            return module.text_loss(batch).total
+        assert isinstance(module, LM)
+        return module.loss(batch, statistics=False).total
+
+    # one of several drafts learns in a step
+    trained = nets[:1] if isinstance(batch, OnlineBatch) else nets
+    return trace_step(loss, trained, [*frozen, *nets[len(trained) :]], device)
+
+
+def meta_batch(subject: Subject) -> TokenBatch | OnlineBatch:
+    """A full micro batch of the config, without data. Raises InvalidType for data that is not known here."""
+    data = subject.data
+    if isinstance(data, TextDataModule):
+        shape = (data.text.batch_size, data.text.length)
+        return TokenBatch(
+            _meta(*shape),
+            _meta(*shape, dtype=torch.int8),
+            _meta(*shape, dtype=torch.int32),
+            _meta(shape[0]),
+            data.text.separate_documents,
+        )
+    if isinstance(data, OnlineDataModule):
+        records = data.buffer.interval + round(data.buffer.interval * data.buffer.replay)
+        answer = data.traffic.max_new_tokens
+        marked, kept = records * answer, data.recorder.top_k
+        return OnlineBatch(
+            contexts=_meta(records, data.traffic.prompt_length + answer),
+            lengths=_meta(records),
+            row=_meta(marked),
+            position=_meta(marked),
+            law_ids=_meta(marked, kept),
+            logprob_bits=_meta(marked, kept, dtype=torch.int32),
+            tail_bits=_meta(marked, dtype=torch.int32),
+            requests=_meta(records),
+        )
+    raise InvalidType(f"the batches of {type(data).__name__} are not known here: plan knows text and served requests")
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def tokens_per_step(subject: Subject, world_size: int) -> int:
+    """Of an optimizer step, over all ranks; of served requests at most (every answer at full length)."""
+    data, accumulate = subject.data, int(subject.trainer.accumulate_grad_batches)
+    if isinstance(data, TextDataModule):
+        return data.text.batch_size * data.text.length * accumulate * world_size
+    assert isinstance(data, OnlineDataModule)
+    return data.buffer.interval * (data.traffic.prompt_length + data.traffic.max_new_tokens) * world_size
+
+
+def steps(subject: Subject, world_size: int) -> tuple[int | None, str]:
+    """Optimizer steps of the run, and a line where they cannot be told."""
+    trainer, data = subject.trainer, subject.data
+    limit = trainer.max_steps if trainer.max_steps is not None and trainer.max_steps > 0 else None
+    if trainer.max_epochs is None or trainer.max_epochs < 0:
+        return (limit, "") if limit else (None, "the run has no planned end (trainer.max_steps)")
+    epoch: int | None = None
+    if isinstance(data, TextDataModule):
+        if data.text.streaming:
+            epoch = data.text.batches_per_epoch
+        elif data.directory.is_dir():
+            data.setup("fit")
+            epoch = len(data.train_dataloader()) // world_size
+    elif isinstance(data, OnlineDataModule) and data.serve.limit is not None:
+        epoch = data.serve.limit // (data.buffer.interval * world_size) * data.serve.steps
+    if epoch is None:
+        return limit, "" if limit else "steps are left out: they follow from the data, which is not prepared yet"
+    total = trainer.max_epochs * epoch // int(trainer.accumulate_grad_batches)
+    return (min(total, limit) if limit else total), ""
+
+
+def frozen_parameters(subject: Subject) -> dict[str, int]:
+    """Parameters of what a run holds without training it."""
+    found = {}
+    spec = networks.teacher(subject.module)
+    if spec is not None:
+        found["teacher"] = networks.parameter_count(networks.weightless(spec).build())
+    if isinstance(subject.data, OnlineDataModule):
+        found[SERVED_TARGET] = networks.parameter_count(_served_target(subject.data)[0])
+        copies = sum(2 * networks.parameter_count(net) for net in subject.nets.values())
+        found["served drafts (two copies each)"] = copies
+    return found
+
+
+def _served_target(data: OnlineDataModule) -> tuple[Any, int]:
+    """The serving target on the meta device, and the bytes of one of its weights."""
+    dtype = data.dtype
+    if dtype is None:
+        stored = networks.weightless(HFModel(path=data.target_dir)).build().config
+        named = str(getattr(stored, "dtype", None) or "float32").removeprefix("torch.")
+        dtype = named if named in DTYPES else "float32"
+    if dtype not in DTYPES:
+        raise InvalidValue(f"data.dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    return networks.weightless(HFModel(path=data.target_dir, dtype=dtype)).build(), DTYPES[dtype].itemsize
+
+
+def serving(subject: Subject) -> int:
+    """Bytes that decoding holds during training: target, two copies of every draft, caches of requests in flight."""
+    data, module = subject.data, subject.module
+    if isinstance(data, OnlineDataModule):
+        target, _ = _served_target(data)
+        longest = SpeculativeSettings(**{"fallback": "never", **data.serve.decoder}).longest
+        length = data.traffic.prompt_length + data.traffic.max_new_tokens + longest
+        drafts = list(subject.nets.values())
+        caches = cache_bytes(target, data.serve.in_flight, length)
+        caches += max(cache_bytes(net, data.serve.in_flight, length) for net in drafts)
+        return networks.parameter_bytes(target) + caches + sum(2 * networks.parameter_bytes(net) for net in drafts)
+    if isinstance(module, OSDDrafter) and module.source != "teacher" and isinstance(data, TextDataModule):
+        rows, length = data.text.batch_size, data.text.length
+        found = sum(cache_bytes(net, rows, length) for net in subject.nets.values())
+        spec = networks.teacher(module)
+        if module.source == "mix_token" and spec is not None:
+            found += cache_bytes(networks.weightless(spec).build(), rows, length)
+        return found
+    return 0
+
+
+def cache_bytes(net: Any, rows: int, length: int) -> int:
+    """Keys and values of every layer."""
+    config = net.config
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return int(2 * config.num_hidden_layers * rows * length * groups * width * net.dtype.itemsize)
