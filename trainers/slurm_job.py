@@ -29,16 +29,16 @@ def name() -> str | None:
 
 
 def check_tasks(devices: int, nodes: int) -> None:
-            f"srun started {tasks} tasks, and the trainer has {devices} x {nodes} (devices x nodes): ask for {each}, "
-            "or set trainer.devices and trainer.num_nodes to what SLURM gave (submit writes numbers that agree)"
+    """Raises InvalidValue unless srun started one task for each device of each node.
+
     Lightning looks in its distributed strategies only: with one device, two tasks would be two runs in one folder.
     """
     tasks = int(os.environ.get("SLURM_NTASKS", "1"))
     if tasks != devices * nodes:
         each = f"--ntasks-per-node={devices} and --nodes={nodes}"
         raise InvalidValue(
-            f"srun started {tasks} tasks, and the trainer has {devices} x {nodes} (devices x nodes): ask for {each}, or set "
-            "trainer.devices and trainer.num_nodes to what SLURM gave (draftsmith submit writes numbers that agree)"
+            f"srun started {tasks} tasks, and the trainer has {devices} x {nodes} (devices x nodes): ask for {each}, "
+            "or set trainer.devices and trainer.num_nodes to what SLURM gave (submit writes numbers that agree)"
         )
 
 
