@@ -20,7 +20,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasti
 from omegaconf import OmegaConf
 
 from draftsmith.inference.errors import InvalidState, InvalidValue
-from draftsmith.trainers import runs, slurm_job, strategies
+from draftsmith.trainers import doctor, runs, slurm_job, strategies
 from draftsmith.trainers.callbacks.checkpoint import (
     CheckpointConfig,
     RandomStates,
@@ -96,7 +96,8 @@ class TrainingCLI(LightningCLI):
         forced: dict[str, Any] = {"callbacks": callbacks, "enable_model_summary": False}
         plugins = asked.plugins if isinstance(asked.plugins, list) else [asked.plugins] if asked.plugins else []
         chosen = any(isinstance(p, ClusterEnvironment) for p in plugins) or TorchElasticEnvironment.detect()
-        if not chosen and SLURMEnvironment.detect():
+        by_srun = not chosen and SLURMEnvironment.detect()
+        if by_srun:
             # Lightning's own requeue works inside the signal handler; ours is StopSignals
             forced["plugins"] = [*plugins, SLURMEnvironment(auto_requeue=False)]
         if asked.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
@@ -113,9 +114,12 @@ class TrainingCLI(LightningCLI):
                 saves=asked.enable_checkpointing is not False, logs=asked.logger is not False
             )
         try:
-            return super().instantiate_trainer(**forced, **kwargs)
+            trainer: pl.Trainer = super().instantiate_trainer(**forced, **kwargs)
         except ValueError as e:  # a strategy, accelerator or precision that does not exist
             raise InvalidValue(f"trainer: {' '.join(str(e).split())}") from e
+        if by_srun and self.given.verb == "fit":
+            slurm_job.check_tasks(trainer.num_devices, trainer.num_nodes)
+        return trainer
 
     def _tensorboard(self) -> TensorBoardLogger:
         # events after the resumed step belong to a continuation that died: TensorBoard drops them
@@ -193,6 +197,7 @@ class FitCLI(TrainingCLI):
         assert self.run is not None
         if global_rank() == 0:
             self.stack.enter_context(runs.RunLock(self.run))
+            doctor.warn_under_slurm(self, self.run)
         self.resumed = _resume_point(self.given, self.run)
 
 
