@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check acceptance bench clean
+.PHONY: help install demo test slurm-test check acceptance bench clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,7 +14,7 @@ DEMO ?= runs/demo
 
 help:  ## this list
 	@echo "make TARGET, where TARGET is one of"
-	@sed -n 's/^\([a-z]*\):.*##  *\(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  %-12s%s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  %-12s%s\n' "$$name" "$$text"; done
 
 install: $(STAMP)  ## make .venv with the tested versions (every other target does this first)
 
@@ -33,8 +33,19 @@ demo: $(STAMP)  ## train, serve, distil online, export and measure on this machi
 
 # One thread a worker: with more, two workers fight for two cores. A file stays on one worker, so its fixtures run once.
 test: export OMP_NUM_THREADS := 1
-test: $(STAMP)  ## all tests but the acceptance experiments and those that need a GPU; ARGS="-k name" narrows
-	$(BIN)/python -m pytest -m "not acceptance and not gpu" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+test: $(STAMP)  ## all tests but the acceptance experiments and those that need a GPU or SLURM; ARGS="-k name" narrows
+	$(BIN)/python -m pytest -m "not acceptance and not gpu and not slurm" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# A cluster of two nodes on this machine, in a temporary directory, stopped at the end; leaves "127.0.0.1 n1 n2" in
+# /etc/hosts and the two packages installed.
+slurm-test: export OMP_NUM_THREADS := 1
+slurm-test: $(STAMP)  ## training under a real SLURM on this machine: requeue, two nodes, time limit, arrays; needs root
+	@test "$$(id -u)" = 0 || { echo "make slurm-test needs root: it installs and starts SLURM, and names its nodes in /etc/hosts" >&2; exit 2; }
+	@command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null || { \
+	    command -v apt-get >/dev/null || { echo "make slurm-test needs slurmctld, slurmd and munged: install SLURM and munge" >&2; exit 2; }; \
+	    echo "installing slurm-wlm and munge" >&2; \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq slurm-wlm munge >/dev/null; }
+	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
 
 check: $(STAMP)  ## style, types and layers
 	$(BIN)/ruff check .
