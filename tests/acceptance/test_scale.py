@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from draftsmith.data.served_log import read
+from draftsmith.inference.cli import main
 from draftsmith.trainers.export import rebuild
 from tests.figures import record
 from tests.tiny import write_lm
@@ -73,6 +75,26 @@ def test_lm_on_two_ranks_learns_as_one_process_does(place: Path, one: str, stage
         files=FILES,
     )
     assert difference <= 1e-4 and weights <= 1e-4
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_tied_embeddings_are_shared_once(place: Path, stage: int) -> None:
+    """Embedding and head are one parameter: gathered in both roles, saved once, exported once."""
+    tied = ["--model.model.arch.tie_word_embeddings", "true", "--trainer.max_steps", "12"]
+    if not (place / "tied.jsonl").exists():
+        fit(place, "tied", *watch(place, "tied"), *ranks_of(1, BATCH), *tied)
+    name = f"tied{stage}"
+    fit(place, name, *zero(place, stage, 2, BATCH), *watch(place, name), *tied)
+    difference = worst(curve(place, "tied"), curve(place, name))
+    module = rebuild(place / "runs" / name, "last")
+    assert module.net.lm_head.weight is module.net.model.embed_tokens.weight
+    assert main(["export", str(place / "runs" / name), str(place / f"{name}-export")]) == 0
+    stored = load_file(place / f"{name}-export" / "model.safetensors")
+    assert "lm_head.weight" not in stored and "model.embed_tokens.weight" in stored
+    figure = {"value": difference, "need": "<= 1e-4"}
+    what = f"lm, tied embeddings, zero{stage}, 2 ranks: largest relative difference of the loss over 12 steps"
+    record("scale", {what: figure}, seeds=[3], files=FILES)
+    assert difference <= 1e-4
 
 
 def osd_offline(place: Path) -> Path:
@@ -173,6 +195,29 @@ def test_another_number_of_ranks_goes_on_where_the_others_stopped(
     }
     record("scale", figures, seeds=[3], files=FILES)
     assert difference <= 1e-4
+
+
+@pytest.mark.parametrize(("before", "after", "rows", "accumulate"), [(2, 1, 4, 1), (1, 2, 4, 1), (2, 1, 2, 2)])
+def test_ddp_goes_on_with_another_number_of_ranks(
+    place: Path, one: str, before: int, after: int, rows: int, accumulate: int
+) -> None:
+    """Without being asked for; `rows` over all ranks afterwards, so with half of them two batches make a step."""
+    name = f"ddp-{before}{after}-{rows}"
+    strategy = {1: [], 2: ["--trainer.strategy", "ddp"]}
+    words = ["--checkpoint.every_n_steps", "15"]
+    fit(place, name, *strategy[before], *ranks_of(before, BATCH), *watch(place, name, stop_at=15), *words)
+    more = ["--trainer.accumulate_grad_batches", str(accumulate), "--trainer.val_check_interval", "1.0"]
+    fit(place, name, *strategy[after], *ranks_of(after, rows), *watch(place, name), *words, *more)
+    assert samples(place, name) == samples(place, one)  # none twice, none skipped
+    ends = [rebuild(place / "runs" / run, "last").state_dict() for run in (one, name)]
+    weights = max(float((ends[0][key] - ends[1][key]).abs().max()) for key in ends[0])
+    what = f"ddp, {before} -> {after} ranks at step 15, {accumulate} batches a step"
+    figures = {
+        f"{what}: sample ids equal one process": True,
+        f"{what}: largest difference of a weight at the end": {"value": weights, "need": "<= 1e-4"},
+    }
+    record("scale", figures, seeds=[3], files=FILES)
+    assert weights <= 1e-4
 
 
 def test_one_training_state_exports_the_same_bits_from_every_checkpoint(place: Path, one: str) -> None:

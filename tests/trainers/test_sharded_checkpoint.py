@@ -3,13 +3,17 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.loops.progress import _BatchProgress
 
 from draftsmith.inference.errors import InvalidState, InvalidValue
 from draftsmith.trainers import runs, shards, strategies
+from draftsmith.trainers.callbacks.checkpoint import CheckpointConfig, StepCheckpoint
 from draftsmith.trainers.export import rebuild
 from tests.tiny_run import make_place
 from tests.zero_runs import curve, fit, samples, watch, zero
@@ -88,6 +92,32 @@ def test_a_single_file_is_no_directory(tmp_path: Path) -> None:
     torch.save({}, tmp_path / "a.ckpt")
     with pytest.raises(InvalidValue, match="strategy that does not shard"):
         shards.read(tmp_path / "a.ckpt")
+
+
+def resumed(directory: Path, batches: int, before: int, now: int) -> Any:
+    """The batch counts of a run that was saved at the end of a batch and goes on with another global batch."""
+    progress = _BatchProgress()
+    for counts in (progress.current, progress.total):
+        counts.ready = counts.started = counts.processed = batches
+        counts.completed = batches - 1  # Lightning completes a batch after the hook that saves
+    epoch_loop = SimpleNamespace(batch_progress=progress)
+    loader = SimpleNamespace(global_batch=now)
+    trainer = SimpleNamespace(train_dataloader=loader, fit_loop=SimpleNamespace(epoch_loop=epoch_loop))
+    saver = StepCheckpoint(directory, CheckpointConfig())
+    saver.load_state_dict({"global_batch": before})
+    saver.on_train_start(trainer, pl.LightningModule())
+    return progress.current
+
+
+@pytest.mark.parametrize(("before", "now", "ready"), [(8, 4, 12), (4, 8, 3), (4, 4, 6), (4, 12, 2)])
+def test_batches_of_another_size_are_recounted(tmp_path: Path, before: int, now: int, ready: int) -> None:
+    counts = resumed(tmp_path, 6, before, now)
+    assert (counts.ready, counts.started, counts.processed, counts.completed) == (ready, ready, ready, ready - 1)
+
+
+def test_a_position_inside_a_batch_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidValue, match=r"sample 20 of its epoch, which is no multiple of the 8 .* divides 4"):
+        resumed(tmp_path, 5, 4, 8)
 
 
 @pytest.fixture(scope="module")

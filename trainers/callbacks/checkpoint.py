@@ -107,15 +107,16 @@ class StepCheckpoint(Checkpoint):
         if before is None or now is None or before == now:
             return
         progress = trainer.fit_loop.epoch_loop.batch_progress
-        samples = progress.current.completed * before
+        samples = progress.current.processed * before
         if samples % now:
             raise InvalidValue(
                 f"the checkpoint stands at sample {samples} of its epoch, which is no multiple of the {now} samples of "
                 f"a batch over all ranks: choose batch_size so that batch_size x ranks divides {before}, as it was"
             )
         for counts in (progress.current, progress.total):
-            for name, count in dataclasses.asdict(counts).items():
-                setattr(counts, name, round(count * before / now))
+            more = round(counts.processed * before / now) - counts.processed
+            for name, count in dataclasses.asdict(counts).items():  # they differ by what a save at a batch's end leaves
+                setattr(counts, name, count + more)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not getattr(trainer.datamodule, "may_checkpoint", True):
