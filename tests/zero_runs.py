@@ -1,6 +1,7 @@
 """Runs of one tiny config under ZeRO on CPU ranks, for the tests of strategies, checkpoints and scale."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,14 @@ def fit(place: Path, run: str, *arguments: str, code: int = 0) -> tuple[str, str
     return finish(start(place, "fit", "-c", "tiny.yaml", *arguments, "--run", run), code)
 
 
-def watch(place: Path, name: str, **init: Any) -> list[str]:
-    """Arguments that record losses and samples of every step into `name`.jsonl (`rows` reads it)."""
+def watch(place: Path, name: str, beside: Sequence[dict[str, Any]] = (), **init: Any) -> list[str]:
+    """Arguments that record losses and samples of every step into `name`.jsonl (`rows` reads it).
+
+    `beside`: the config's own callbacks, which an overlay would replace.
+    """
     callback = {"class_path": "tests.zero_runs.Watch", "init_args": {"path": str(place / f"{name}.jsonl"), **init}}
     overlay = place / f"{name}-watch.yaml"
-    overlay.write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
+    overlay.write_text(yaml.safe_dump({"trainer": {"callbacks": [*beside, callback]}}))
     return ["-c", str(overlay)]
 
 
