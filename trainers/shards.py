@@ -5,9 +5,11 @@ DeepSpeed writes its files below a temporary name; when all ranks are done, rank
 The shards are pickles, which can run code when they are read: resume and export only what you trained yourself.
 """
 
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,7 +28,14 @@ class Shards:
     version: int
     world_size: int  # ranks that wrote it
     stage: int  # ZeRO stage
+    network: str  # hash of the parameters' names and shapes
     files: dict[str, int]  # path inside -> bytes
+
+
+def network_hash(shapes: Iterable[tuple[str, Sequence[int]]]) -> str:
+    """Of (name, shape) of every parameter, in any order."""
+    text = json.dumps(sorted((name, list(shape)) for name, shape in shapes))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def temporary(path: Path) -> Path:
@@ -34,13 +43,13 @@ def temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
-def publish(temporary: Path, path: Path, *, world_size: int, stage: int) -> None:
+def publish(temporary: Path, path: Path, *, world_size: int, stage: int, network: str) -> None:
     """List the files (on disk by then) and give the directory its name; one that has it already gives way."""
     files = sorted(p for p in temporary.rglob("*") if p.is_file())
     for file in files:
         _sync(file)
     sizes = {str(p.relative_to(temporary)): p.stat().st_size for p in files}
-    content = asdict(Shards(_VERSION, world_size, stage, sizes))
+    content = asdict(Shards(_VERSION, world_size, stage, network, sizes))
     (temporary / LIST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     _sync(temporary / LIST)
     old = _aside(path) if path.exists() else None

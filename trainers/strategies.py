@@ -10,6 +10,7 @@ where `config` is a shipped name or the path of a DeepSpeed JSON file.
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -174,8 +175,12 @@ class ZeRO(DeepSpeedStrategy):
         self.deepspeed_engine.save_checkpoint(str(temporary), client_state=own, tag=shards.TAG)
         self.barrier()
         if self.is_global_zero:
-            shards.publish(temporary, path, world_size=self.world_size, stage=self.stage)
+            shards.publish(temporary, path, world_size=self.world_size, stage=self.stage, network=self._network())
         self.barrier()
+
+    def _network(self) -> str:
+        parameters = cast(nn.Module, self.lightning_module).named_parameters()
+        return shards.network_hash((name, full_shape(parameter)) for name, parameter in parameters)
 
     def remove_checkpoint(self, filepath: Any) -> None:
         if self.is_global_zero and Path(filepath).is_dir():
@@ -199,6 +204,8 @@ class ZeRO(DeepSpeedStrategy):
         """Put a directory's state into the engine. Raises InvalidState for one of another number of ranks or stage."""
         path = Path(checkpoint_path)
         told = self.check_shards(path, self.world_size)
+        if told.network != self._network():
+            raise InvalidState(f"{path} holds another network than this config describes: resume with the run's config")
         engine, fitting = self.deepspeed_engine, self.lightning_module.trainer.state.fn == TrainerFn.FITTING
         tag, directory = shards.TAG, path
         if told.world_size != self.world_size:
@@ -277,10 +284,14 @@ def roll_back(trainer: pl.Trainer, net: nn.Module, weights: Mapping[str, Tensor]
         trainer.optimizers[0].state.pop(parameter, None)
 
 
+def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Its shape over all ranks: ZeRO-3 leaves an empty tensor between steps."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def full_size(parameter: nn.Parameter) -> int:
-    """Its elements over all ranks: ZeRO-3 leaves an empty tensor between steps."""
-    size: int = getattr(parameter, "ds_numel", parameter.numel())
-    return size
+    """Its elements over all ranks."""
+    return math.prod(full_shape(parameter))
 
 
 def _full(parameter: nn.Parameter) -> Tensor:
@@ -292,8 +303,7 @@ def _full(parameter: nn.Parameter) -> Tensor:
     if whole is None:
         with deepspeed.zero.GatheredParameters([parameter]):
             whole = parameter.detach().clone()
-    shape = getattr(parameter, "ds_shape", parameter.shape)  # under ZeRO-3 the parameter itself is empty
-    return whole.detach().to("cpu", torch.float32).reshape(shape)
+    return whole.detach().to("cpu", torch.float32).reshape(full_shape(parameter))
 
 
 def read_state(path: Path) -> dict[str, Any]:

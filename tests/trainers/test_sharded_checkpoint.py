@@ -19,6 +19,7 @@ from tests.tiny_run import make_place
 from tests.zero_runs import curve, fit, samples, watch, zero
 
 STEPS = 12
+WIDER = ("--model.model.arch.hidden_size", "32")
 
 
 def made(directory: Path, step: int = 5) -> Path:
@@ -28,7 +29,7 @@ def made(directory: Path, step: int = 5) -> Path:
     (temporary / shards.TAG).mkdir(parents=True)
     for rank in range(2):
         (temporary / shards.TAG / f"rank-{rank}.pt").write_bytes(b"x" * (rank + 3))
-    shards.publish(temporary, path, world_size=2, stage=2)
+    shards.publish(temporary, path, world_size=2, stage=2, network=shards.network_hash([("a", (2, 3))]))
     return path
 
 
@@ -137,6 +138,9 @@ def test_zero3_on_two_ranks_resumes_exactly_and_goes_on_alone(place: Path) -> No
     for name in ("parts", "alone"):
         shutil.copytree(whole, place / "runs" / name)
         shards.remove(place / "runs" / name / runs.CHECKPOINTS / last.name)
+
+    _, err = fit(place, "alone", *one, *words, "--checkpoint.elastic", "true", *WIDER, code=2)
+    assert "step-00000006.ckpt holds another network than this config describes" in err and "Traceback" not in err
 
     fit(place, "parts", *two, *watch(place, "parts"), *words)
     expected = {step: ids for step, ids in samples(place, "whole").items() if step >= 6}
