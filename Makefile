@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slurm-test check acceptance bench clean
+.PHONY: help install demo test slurm-test gpu-smoke check acceptance bench clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -46,6 +46,9 @@ slurm-test: $(STAMP)  ## training under a real SLURM on this machine: requeue, t
 	    echo "installing slurm-wlm and munge" >&2; \
 	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq slurm-wlm munge >/dev/null; }
 	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
+
+gpu-smoke: $(STAMP)  ## on a machine with GPUs: bf16, NCCL, compile, decoding, a step of each config; writes gpu-smoke.json
+	$(BIN)/python -m draftsmith.trainers.gpu_smoke $(ARGS)
 
 check: $(STAMP)  ## style, types and layers
 	$(BIN)/ruff check .
