@@ -60,8 +60,9 @@ EXTRA_MODULES: dict[str, frozenset[str]] = {
         }
     ),
     "deepspeed": frozenset({"deepspeed"}),
+    "lora": frozenset({"peft"}),
 }
-EXTRA_TITLES = {"train": "training", "deepspeed": "DeepSpeed"}
+EXTRA_TITLES = {"train": "training", "deepspeed": "DeepSpeed", "lora": "LoRA"}
 
 Main = Callable[[list[str]], int | None]
 

@@ -23,6 +23,7 @@ from draftsmith.inference.errors import InvalidState, InvalidValue, unknown_choi
 from draftsmith.modules.export_spec import ExportSpec
 from draftsmith.modules.hf_model import DTYPES, HFModel, output_head
 from draftsmith.modules.lm import DEFAULT_OPTIM, LM
+from draftsmith.modules.lora import LoRAConfig, inject, merged
 from draftsmith.modules.losses.chunked_head import HeadLoss, HeadStats
 from draftsmith.modules.losses.costs import TokenCosts
 from draftsmith.modules.losses.emo import EMO, Mix
@@ -95,6 +96,7 @@ class EMOLM(LM):
         optim: OptimConfig = DEFAULT_OPTIM,
         gradient_checkpointing: bool = False,
         chunk_rows: int | None = None,
+        lora: LoRAConfig | None = None,
     ) -> None:
         """Plain settings only; network and costs are built in `configure_model`.
 
@@ -106,10 +108,13 @@ class EMOLM(LM):
                 less memory.
             chunk_rows: positions that go through the head at once; null chooses. More is faster and takes
                 chunk_rows x vocabulary x 8 bytes.
+            lora: train adapters of this size instead of the weights (extra `lora`); the export has them merged.
         """
         super().__init__(model, optim, gradient_checkpointing, chunk_rows)
         self.emo = EMOConfig.of(emo)
-        self.save_hyperparameters({**self.hparams, "emo": dataclasses.asdict(self.emo)})
+        self.lora = LoRAConfig.of(lora)
+        adapters = None if self.lora is None else dataclasses.asdict(self.lora)
+        self.save_hyperparameters({**self.hparams, "emo": dataclasses.asdict(self.emo), "lora": adapters})
         self.costs: TokenCosts | None = None  # None: adaptive
         self.val_cost, self.test_cost = CostMean(), CostMean()
         self._step: HeadStats | None = None
@@ -119,6 +124,10 @@ class EMOLM(LM):
         if self.net is not None:
             return
         super().configure_model()
+        if self.lora is not None:
+            inject(self._built(), self.lora)
+            if self.gradient_checkpointing:  # the embedding is frozen: without this nothing would ask for a gradient
+                self._built().enable_input_require_grads()
         head = output_head(self._built())[0]
         if self.emo.costs == "adaptive":
             size = head.numel() * 4
@@ -217,7 +226,8 @@ class EMOLM(LM):
         said = {key: getattr(self.emo, key) for key in ("mode", "ratio", "limit", "costs")}
         if os.path.isabs(said["costs"]):
             said["costs"] = os.path.basename(said["costs"])  # an export says no paths of the machine that trained it
-        return replace(spec, trained={**spec.trained, "emo": said})
+        model = spec.model if self.lora is None else merged(spec.model)
+        return replace(spec, model=model, trained={**spec.trained, "emo": said})
 
 
 def _cost(stats: HeadStats) -> Tensor:

@@ -22,6 +22,8 @@ from draftsmith.inference.errors import InvalidState, InvalidValue
 from draftsmith.inference.laws import TeacherLaw
 from draftsmith.modules.losses.divergence import FLOOR, FullLaw, RowLoss, Target, ce, entropy, forward_kl, overlap
 
+_BLOCK = 2048  # terms of a sum that are added one after the other
+
 
 class Scratch:
     """Buffers that one pass over the chunks uses again and again: fresh ones of this size cost a page fault a page."""
@@ -242,8 +244,9 @@ def _full(logits: Tensor, law: FullLaw, weight: Tensor | None, context: Context,
 
 
 def rowwise_dot(a: Tensor, b: Tensor) -> Tensor:
-    """sum_v a b -> [c], without a buffer for the products."""
-    return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).view(-1)
+    """sum_v a b -> [c], without a buffer for the products; in blocks, since one long fp32 sum loses a digit."""
+    blocks = zip(a.split(_BLOCK, 1), b.split(_BLOCK, 1), strict=True)
+    return torch.stack([torch.bmm(x.unsqueeze(1), y.unsqueeze(2)).view(-1) for x, y in blocks]).sum(0)
 
 
 _OURS: dict[Callable[..., Any], RowGradient] = {ce: _divergence(True), forward_kl: _divergence(False)}
