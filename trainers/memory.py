@@ -88,12 +88,11 @@ def _temporaries(load: Load, size: int) -> int:
 
 def _sharded_states(load: Load, stage: int, world_size: int, zero: dict[str, Any]) -> dict[str, int]:
     share = -(-load.parameters // world_size)
-    low = load.compute_bytes < _MASTER
     # a CPU rank has nowhere else to put what is offloaded
     stays = not load.on_gpu or (zero.get("offload_optimizer") or {}).get("device", "none") == "none"
     states = {
         "weights": (load.parameters if stage < 3 else share) * load.compute_bytes,
-        "masters": share * _MASTER if stays and (stage < 3 or low) else 0,  # stage 3 in fp32 updates the weights
+        "masters": share * _MASTER if stays else 0,  # a copy also where the weights are float32 themselves
         "optimizer": share * _MOMENTS * _MASTER if stays else 0,
     }
     if stage == 3:
@@ -106,27 +105,38 @@ def _sharded_states(load: Load, stage: int, world_size: int, zero: dict[str, Any
 
 def _bucket(load: Load, zero: dict[str, Any]) -> int:
     """Bytes of the bucket in which gradients are reduced; two with overlap. On a CPU only what is filled is there."""
-    size = int(zero.get("reduce_bucket_size", _DEFAULT_BUCKET))
+    size = _bucket_size(zero)
     filled = size if load.on_gpu else min(size, load.parameters)
     return filled * load.compute_bytes * (2 if zero.get("overlap_comm") else 1)
 
 
+def _bucket_size(zero: dict[str, Any]) -> int:
+    """Elements."""
+    return int(zero.get("reduce_bucket_size", _DEFAULT_BUCKET))
+
+
 def _sharded_phases(load: Load, stage: int, world_size: int, zero: dict[str, Any]) -> dict[str, dict[str, int]]:
     share, trace = -(-load.parameters // world_size), load.trace
-    bucket = _bucket(load, zero)
+    bucket, size = _bucket(load, zero), _bucket_size(zero)
     temporaries = (1 if load.on_gpu else _TEMPORARIES) * share * _MASTER
     if stage == 3:
         gathered = load.parameters * load.compute_bytes if world_size > 1 else 0  # alone a rank has all of them
         return {
             "forward": {"activations": trace.forward, "gathered": gathered},
             "backward": {"activations": max(0, trace.backward(0.0)), "gathered": gathered},
-            "reduction": {"gathered": gathered, "temporaries": bucket if world_size > 1 else 0},
+            # reduce-scatter joins the bucket's parts in a copy, and gloo reduces a copy of that
+            "reduction": {"gathered": gathered, "temporaries": bucket if load.on_gpu else 2 * bucket},
             "optimizer": {"temporaries": share * _MASTER + temporaries},
         }
     kept = share * load.compute_bytes  # this rank's part, copied out of the bucket
     return {
         "forward": {"activations": trace.forward},
         "backward": {"activations": max(0, trace.backward() - trace.gradients), "buffers": bucket},
-        "reduction": {"buffers": bucket, "gradients": kept},
+        # several ranks reduce a copy of the bucket; this rank's part is copied out of it then, of earlier ones before
+        "reduction": {
+            "buffers": bucket,
+            "temporaries": bucket if world_size > 1 else 0,
+            "gradients": kept if world_size == 1 or load.parameters > size else 0,
+        },
         "optimizer": {"gradients": kept + share * _MASTER, "temporaries": temporaries},
     }

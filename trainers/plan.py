@@ -165,7 +165,7 @@ def make(given: "Given", options: Options) -> Plan:
     device, world_size = _device(subject, options), _world_size(subject, options)
     load = workload.load(subject, device)
     zero = (subject.deepspeed or {}).get("zero_optimization", {})
-    ranks = [rank(load, stage, world_size, zero if stage else None) for stage in range(4)]
+    ranks = [rank(load, stage, world_size, _settings(stage, zero)) for stage in range(4)]
     counts = {prefix.rstrip("."): networks.parameter_count(net) for prefix, net in subject.nets.items()}
     steps, why = workload.steps(subject, world_size)
     if why:
@@ -194,6 +194,15 @@ def make(given: "Given", options: Options) -> Plan:
         step_seconds=seconds,
         notes=notes,
     )
+
+
+def _settings(stage: int, own: dict[str, Any]) -> dict[str, Any] | None:
+    """The `zero_optimization` of a stage: the config's own, else the shipped one."""
+    from draftsmith.trainers.strategies import read_config
+
+    if stage == 0:
+        return None
+    return own if own.get("stage") == stage else dict(read_config(f"deepspeed/zero{stage}")["zero_optimization"])
 
 
 def _device(subject: "Subject", options: Options) -> str:

@@ -24,7 +24,7 @@ from draftsmith.inference.errors import InvalidValue
 from draftsmith.modules.hf_model import HFModel
 from draftsmith.modules.lm import LM
 from draftsmith.modules.osd_drafter import OSDDrafter
-from draftsmith.trainers import doctor, runs
+from draftsmith.trainers import doctor, runs, shards
 from draftsmith.trainers.callbacks.checkpoint import CheckpointConfig
 from draftsmith.trainers.checks import batches, job, slurm, storage, strategy
 from draftsmith.trainers.checks.finding import ERROR, OK, WARNING, Finding, size
@@ -455,14 +455,25 @@ def test_a_checkpoint_of_another_number_of_ranks_or_strategy() -> None:
     says(storage.checkpoint(two(strategy="zero2"))[0], ERROR, "single file", "ddp")
 
 
-def test_a_sharded_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sharded_checkpoint() -> None:
+    module = LM(HFModel(arch=ARCH))
+    module.configure_model()
+    network = shards.network_hash((name, p.shape) for name, p in module.named_parameters())
     path = Path("runs/x") / runs.CHECKPOINTS / "step-00000009.ckpt"
-    path.mkdir(parents=True)
-    monkeypatch.setattr(runs, "newest_checkpoint", lambda run: path)
-    monkeypatch.setattr("draftsmith.trainers.shards.read", lambda path: SimpleNamespace(world_size=4, stage=2))
+    made = shards.temporary(path)
+    made.mkdir(parents=True)
+    (made / "state").write_text("")
+    shards.publish(made, path, world_size=4, stage=2, network=network)
     says(storage.checkpoint(two())[0], ERROR, "DeepSpeed checkpoint", "ddp")
+    says(storage.checkpoint(two(strategy="zero3"))[0], ERROR, "saved by zero2", "stage is 3", "--run")
     says(storage.checkpoint(two(strategy="zero2"))[0], ERROR, "4 ranks", "has 2", "--checkpoint.elastic true")
+    elastic = CheckpointConfig(elastic=True)
+    says(storage.checkpoint(two(strategy="zero2", checkpoint=elastic))[0], OK, "4 ranks", "step 9")
     says(storage.checkpoint(two(strategy="zero2", devices=4))[0], OK, "step 9")
+    other = LM(HFModel(arch=ARCH | {"hidden_size": 32}))
+    says(storage.checkpoint(two(strategy="zero2", devices=4, module=other))[0], ERROR, "another network", "--run")
+    osd = OSDDrafter(draft=HFModel(arch=ARCH))
+    says(storage.checkpoint(two(strategy="zero2", devices=4, module=osd))[0], ERROR, "another network (or method)")
 
 
 # --- data

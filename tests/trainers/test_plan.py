@@ -172,16 +172,17 @@ def test_zero_2_on_two_ranks() -> None:
     assert found.phases == {
         "forward": {"activations": 500},
         "backward": {"activations": 300, "buffers": 4000},
-        "reduction": {"buffers": 4000, "gradients": 2000},
+        "reduction": {"buffers": 4000, "temporaries": 4000, "gradients": 0},
         "optimizer": {"gradients": 4000, "temporaries": 4000},
     }
 
 
 def test_zero_3_on_two_ranks() -> None:
     found = rank(load(), 3, 2)
-    states = {"weights": 2000, "masters": 0, "optimizer": 4000, "gradients": 2000, "buffers": 4000}
+    states = {"weights": 2000, "masters": 2000, "optimizer": 4000, "gradients": 2000, "buffers": 4000}
     assert found.always == states | {"teacher": 70, "serving": 0}
     assert found.phases["forward"] == {"activations": 500, "gathered": 4000}
+    assert found.phases["reduction"] == {"gathered": 4000, "temporaries": 2 * 4000}
     assert found.phases["optimizer"] == {"temporaries": 2000 + 4000}
 
 
@@ -201,6 +202,7 @@ def test_offload_leaves_the_gpu() -> None:
 
 def test_buckets_are_those_of_the_config() -> None:
     small = rank(load(), 2, 4, {"reduce_bucket_size": 100})
+    assert small.phases["reduction"] == {"buffers": 400, "temporaries": 400, "gradients": 1000}  # of earlier buckets
     assert small.phases["backward"]["buffers"] == 400 and rank(load(), 2, 4).phases["backward"]["buffers"] == 4000
 
 

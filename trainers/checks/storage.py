@@ -118,7 +118,7 @@ def checkpoint(subject: Subject) -> list[Finding]:
     if newest is None:
         return [ok(name, f"none in {subject.run}: the run starts from the beginning")]
     if newest.is_dir():
-        return [_ranks(subject, newest, shards.read(newest).world_size)]
+        return [_sharded(subject, newest, shards.read(newest))]
     content: dict[str, Any] = torch.load(newest, map_location="cpu", mmap=True, weights_only=True)
     found = {key: tuple(value.shape) for key, value in content["state_dict"].items()}
     fault = _misfit(subject, newest, found)
@@ -139,17 +139,32 @@ def checkpoint(subject: Subject) -> list[Finding]:
     return [ok(name, f"{newest.name} fits; the run goes on from step {runs.step_of(newest)}")]
 
 
-def _ranks(subject: Subject, path: Path, saved: int) -> Finding:
+def _sharded(subject: Subject, path: Path, told: shards.Shards) -> Finding:
+    """A checkpoint of ZeRO: of this stage, this network, this number of ranks."""
+    saved = told.world_size
     if subject.deepspeed is None:
         fix = "set trainer.strategy to the one it was saved by, or give another --run"
         return error("checkpoint", f"{path} is a DeepSpeed checkpoint and the strategy is {subject.strategy}: {fix}")
-    if subject.world_size not in (None, saved) and not getattr(subject.checkpoint, "elastic", False):
+    stage = subject.deepspeed["zero_optimization"]["stage"]
+    if told.stage != stage:
+        fix = f"set trainer.strategy to zero{told.stage}, or give another --run"
+        return error("checkpoint", f"{path} was saved by zero{told.stage} and the stage is {stage}: {fix}")
+    if told.network != _network(subject):
+        fix = "resume with the run's own config, or start another --run"
+        return error("checkpoint", f"{path} holds another network (or method) than this config describes: {fix}")
+    if subject.world_size not in (None, saved) and not subject.checkpoint.elastic:
         return error(
             "checkpoint",
             f"{path} was saved by {saved} ranks and this run has {subject.world_size}: start it with {saved}, or allow "
             "another number with --checkpoint.elastic true",
         )
     return ok("checkpoint", f"{path.name} of {saved} ranks; the run goes on from step {runs.step_of(path)}")
+
+
+def _network(subject: Subject) -> str:
+    """The hash that a sharded checkpoint of this config would carry."""
+    named = ((f"{prefix}{name}", p.shape) for prefix, net in subject.nets.items() for name, p in net.named_parameters())
+    return shards.network_hash(named)
 
 
 def _misfit(subject: Subject, path: Path, found: dict[str, tuple[int, ...]]) -> Finding | None:
