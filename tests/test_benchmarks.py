@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import memory, profile, sizes
+from benchmarks import losses, memory, profile, sizes
 from draftsmith.inference.decoders.autoregressive import AutoregressiveDecoder
 from draftsmith.inference.load_engine import load_engine
 from draftsmith.inference.metrics import count
@@ -115,3 +115,27 @@ def test_an_untied_embedding_is_not_read_by_a_call(tmp_path: Path) -> None:
     with quiet():
         model.save_pretrained(tmp_path)
     assert profile.read_per_call(tmp_path) == sum(p.numel() for p in model.parameters()) - 50 * 16
+
+
+def test_the_losses_that_are_timed_are_the_same_loss() -> None:
+    found = {row: losses.step(row, losses.make(row, 300, 24, 160, chunk_rows=7)) for row in losses.ROWS}
+    for row in ("ce", *losses.TORCH):
+        assert found[row] == pytest.approx(found["naive-ce"], rel=1e-5)
+    for row in ("emo", "emo-again", "emo-frozen"):
+        assert found[row] == pytest.approx(found["naive-emo"], rel=1e-5)
+    assert found["emo-128"] == pytest.approx(found["emo"], rel=0.1)
+    table = losses.compare(
+        300, 24, 160, ("naive-emo", *losses.TORCH, "ce", "emo"), repetitions=2, tell=lambda line: None
+    )
+    assert set(table["over_torch"]) == {"naive-emo", "ce", "emo"} and set(table["over_naive"]) == {"emo"}
+    assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in table["raw"].values())
+
+
+@pytest.mark.slow
+def test_peak_memory_of_a_loss_is_that_of_its_buffers() -> None:
+    vocab, tokens, width = 20_000, 512, 64
+    chunked = losses.memory("ce", vocab, tokens, width, chunk_rows=16)
+    naive = losses.memory("naive-ce", vocab, tokens, width)
+    assert chunked["loss"] == pytest.approx(naive["loss"], rel=1e-5)
+    assert naive["extra"] > 1.5 * tokens * vocab * 4  # logits and their gradient
+    assert chunked["extra"] < 3 * (vocab * width + 16 * vocab) * 4 + 8 * 2**20

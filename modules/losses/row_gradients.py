@@ -245,8 +245,11 @@ def _full(logits: Tensor, law: FullLaw, weight: Tensor | None, context: Context,
 
 def rowwise_dot(a: Tensor, b: Tensor) -> Tensor:
     """sum_v a b -> [c], without a buffer for the products; in blocks, since one long fp32 sum loses a digit."""
-    blocks = zip(a.split(_BLOCK, 1), b.split(_BLOCK, 1), strict=True)
-    return torch.stack([torch.bmm(x.unsqueeze(1), y.unsqueeze(2)).view(-1) for x, y in blocks]).sum(0)
+    parts = []
+    for start in range(0, a.shape[1], _BLOCK):
+        x, y = (t[:, start : start + _BLOCK] for t in (a, b))
+        parts.append(torch.bmm(x.unsqueeze(1), y.unsqueeze(2)).view(-1))
+    return torch.stack(parts).sum(0)
 
 
 _OURS: dict[Callable[..., Any], RowGradient] = {ce: _divergence(True), forward_kl: _divergence(False)}

@@ -84,6 +84,14 @@ def test_lm_debug(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_emo_debug(tmp_path: Path) -> None:
+    write_text(tmp_path)
+    losses = fit(tmp_path, "-c", "emo/debug", "--data.corpus.sources", "[text]", "--data.corpus.val_fraction", "0.2")
+    assert len(losses) == 40 and losses["39"] < losses["0"] - 1
+    check("emo_debug", losses)
+
+
+@pytest.mark.slow
 def test_osd_debug(tmp_path: Path) -> None:
     write_lm(tmp_path / "exports" / "target", seed=1, max_length=64)
     write_lm(tmp_path / "exports" / "draft", seed=2, layers=1, width=16, max_length=64)
@@ -95,7 +103,7 @@ def test_osd_debug(tmp_path: Path) -> None:
     check("osd_debug", losses)
 
 
-@pytest.mark.parametrize("name", ["lm_debug", "osd_debug"])
+@pytest.mark.parametrize("name", ["lm_debug", "emo_debug", "osd_debug"])
 def test_a_small_drift_is_noticed(name: str) -> None:
     """Negative control: one step off by 0.1%, or one step missing."""
     recorded = json.loads((HERE / f"{name}.json").read_text())
