@@ -12,9 +12,8 @@ import argparse
 import json
 import math
 import os
-import sys
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -96,8 +95,12 @@ class ZeRO(DeepSpeedStrategy):
     def setup_distributed(self) -> None:
         reset_seed()
         self.set_world_ranks()
-        with redirect_stdout(sys.stderr):  # it tells what it compiles
-            self._init_deepspeed_distributed()
+        import deepspeed
+
+        # On CPUs it would compile a kernel first (half a minute, a compiler), and a rank that is killed meanwhile
+        # leaves a lock for which every later run waits for ever. Plain gloo does the same.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self._init_deepspeed_distributed()
 
     def _setup_model_and_optimizer(self, model: nn.Module, optimizer: Any, lr_scheduler: Any = None) -> tuple[Any, Any]:
         import deepspeed
@@ -264,14 +267,20 @@ class ZeRO(DeepSpeedStrategy):
                     value.zero_()
 
 
-def gathered(trainer: pl.Trainer, module: nn.Module) -> AbstractContextManager[Any]:
+@contextmanager
+def gathered(trainer: pl.Trainer, module: nn.Module) -> Iterator[None]:
     """Within, `module` has whole parameters on every rank (which all must enter it); only ZeRO-3 has work to do."""
     strategy = trainer.strategy
     if not isinstance(strategy, ZeRO) or strategy.stage < 3:
-        return nullcontext()
+        yield
+        return
     import deepspeed
 
-    return cast(AbstractContextManager[Any], deepspeed.zero.GatheredParameters(list(module.parameters())))
+    optimizer = strategy.deepspeed_engine.optimizer
+    optimizer.checkpoint_event_prologue()  # parameters fetched ahead are in flight: they land, and go
+    with deepspeed.zero.GatheredParameters(list(module.parameters())):
+        yield
+    optimizer.checkpoint_event_epilogue()
 
 
 def roll_back(trainer: pl.Trainer, net: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -144,7 +144,7 @@ def test_osd_offline_on_two_ranks_learns_as_one_process_does(place: Path, osd_on
 def served(run: Path, *names: str) -> dict[int, tuple[Any, ...]]:
     """What every request got, by its number: draft version, tokens, examined positions."""
     entries = [entry for name in names for entry in read(run / name)]
-    return {entry.number: (entry.version, tuple(entry.tokens), entry.examined) for entry in entries}
+    return {entry.number: (entry.version, entry.tokens, entry.examined) for entry in entries}
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
