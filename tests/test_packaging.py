@@ -342,15 +342,16 @@ def test_constraints_hold_no_path_and_no_build_tag() -> None:
     ("target", "command"),
     [
         ("demo", "draftsmith demo"),
-        ("test", '-m pytest -m "not acceptance and not gpu"'),
+        ("test", '-m pytest -m "not acceptance and not gpu and not slurm"'),
         ("check", "lint-imports"),
         ("acceptance", "-m draftsmith.trainers.results"),
         ("bench", "draftsmith bench"),
+        ("slurm-test", "pytest -m slurm tests/slurm"),
     ],
 )
 def test_each_make_target_installs_first_when_nothing_is_there(target: str, command: str) -> None:
     output = run_well("make", "-n", f"VENV={ROOT / 'no-such-venv'}", target, cwd=ROOT)
-    install = output.index("-e '.[train,dev]'")
+    install = output.index("-e '.[train,deepspeed,dev]'")
     assert output.index("\"$(grep '^torch==' constraints.txt)\"") < install < output.index(command)
 
 
@@ -362,11 +363,8 @@ def test_acceptance_of_one_system_runs_its_file_alone() -> None:
 def test_ci_runs_the_gates_and_the_tests_of_the_readme() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
-    assert [line for line in script.read_text().splitlines() if line.startswith("timed make")][-2:] == [
-        "timed make check",
-        "timed make test",
-    ]
+    assert re.findall(r"^ *timed make (.*)$", script.read_text(), re.MULTILINE)[-3:] == ["check", "test", "slurm-test"]
     run_well("bash", "-n", script, cwd=ROOT)
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for target in re.findall(r"^ *(?:\$ )?make (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE):
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for target in re.findall(r"^ *(?:\$ )?make ([\w-]+)", (ROOT / "README.md").read_text(), re.MULTILINE):
         assert target in targets, f"README.md names make {target}, which the Makefile lacks"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith.inference.commands._args import CommandParser, parser
-from draftsmith.inference.errors import InvalidState, InvalidValue
+from draftsmith.inference.errors import InvalidState, InvalidValue, unknown_choice
 from draftsmith.trainers import runs, slurm_job
 from draftsmith.trainers.cli import parse
 
@@ -251,12 +251,19 @@ def _trainer_settings(configs: list[str], overrides: list[str]) -> dict[str, Any
     """Parse as `fit` does, nothing built. Raises InvalidValue for what `fit` would not take."""
     words = [word for config in configs for word in ("-c", config)]
     given = parse("fit", [*words, *overrides])
-    from draftsmith.trainers.one_line import one_line
-    from draftsmith.trainers.training import ParseCLI
+    from lightning.pytorch.strategies import StrategyRegistry
 
+    from draftsmith.trainers.one_line import one_line
+    from draftsmith.trainers.strategies import NAMES
+    from draftsmith.trainers.training import ParseCLI, quiet
+
+    quiet()
     with one_line():
         trainer = ParseCLI(given).config.trainer
-    return {"accelerator": trainer.accelerator, "strategy": trainer.strategy}
+    strategy = trainer.strategy
+    if isinstance(strategy, str) and strategy not in NAMES and strategy not in StrategyRegistry:
+        raise unknown_choice("trainer.strategy", strategy, NAMES)
+    return {"accelerator": trainer.accelerator, "strategy": strategy}
 
 
 def _strategy(asked: Any, job: Job) -> str | None:

@@ -180,6 +180,7 @@ def test_no_sbatch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
         ("-c lm/debug -- --run=x", "--run follows from --run, before the --"),
         ("-c lm/debug --array 0-2 -- --seed_everything 1", "the seeds of an array are its task numbers"),
         ("-c lm/debug -- --model.optim.lrr 1", "unknown key"),
+        ("-c lm/debug --gpus 2 -- --trainer.strategy zero9", "unknown trainer.strategy 'zero9': choose one of"),
         ("-c lm/debug --nodes 2 -- --trainer.strategy single_device", "is for one process, and the job has 2"),
     ],
 )
