@@ -3,8 +3,10 @@
 Needs root and the packages slurm-wlm and munge; `make slurm-test` sees to both.
 """
 
+import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -121,7 +123,14 @@ class Cluster:
     def _daemon(self, *command: str) -> None:
         with (self.directory / f"{command[0]}-{len(self.daemons)}.out").open("wb") as out:
             self.daemons.append(
-                subprocess.Popen(command, env=self.environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+                subprocess.Popen(
+                    command,
+                    env=self.environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=out,
+                    start_new_session=True,  # what is sent to make's process group must not end it before `stop`
+                )
             )
 
     def stop(self) -> None:
@@ -138,6 +147,19 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+        for pid in self._left():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _left(self) -> list[int]:
+        """Processes of ours that outlived their daemons: slurmstepd and jobs; they carry our SLURM_CONF."""
+        mark = f"SLURM_CONF={self.conf}".encode()
+        found = []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if mark in path.read_bytes().split(b"\0"):
+                    found.append(int(path.parent.name))
+        return found
 
     def run(self, *command: str, check: bool = True, cwd: Path | None = None) -> str:
         """Run a command of the cluster; stdout and stderr together."""

@@ -1,5 +1,6 @@
 """One cluster for all tests of this folder, and the working directory of the tests of `fit`."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,8 +16,13 @@ def slurm() -> Iterator[Cluster]:
     reason = missing()
     if reason is not None:
         pytest.fail(reason, pytrace=False)
-    with cluster() as running:
-        yield running
+    # pytest ends without teardown at a SIGTERM (timeout, CI): the daemons would stay
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.exit("SIGTERM", 143))
+    try:
+        with cluster() as running:
+            yield running
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="session")
