@@ -4,7 +4,7 @@ A Llama of about half a million parameters is trained on Python's own library an
 (where that is missing: on the library again). Recorded is what comes out: perplexity of held-out text, perplexity of
 the samples under a larger oracle, MAUVE, distinct n-grams and the entropy of the laws, with the likelihood model also
 at the temperature of equal entropy.
-About three minutes: `make acceptance SYSTEM=emo-text`.
+Some minutes: `make acceptance SYSTEM=emo-text`.
 """
 
 import os
