@@ -148,8 +148,11 @@ def served(run: Path, *names: str) -> dict[int, tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_osd_online_on_two_ranks_serves_and_learns_as_one_process_does(place: Path, stage: int) -> None:
+def test_osd_online_on_two_ranks_serves_and_learns_as_one_process_does(
+    place: Path, stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Greedy serving, randomness keyed by request id: 2 x 4 requests in flight see what 1 x 8 sees."""
+    monkeypatch.chdir(place)  # the config's paths are relative to where it ran
     write_lm(place / "exports" / "target", seed=1, max_length=64)
     write_lm(place / "exports" / "draft", seed=2, layers=1, width=16, max_length=64)
     lines = [json.dumps({"prompt": f"{('def add(a, b)', 'The quick brown')[i % 2]} {i}"}) for i in range(48)]
