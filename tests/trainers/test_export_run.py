@@ -163,8 +163,8 @@ class TestRefused:
 
     def test_checkpoints(self, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         out = tmp_path / "out"
-        assert "no such checkpoint file" in fails(capsys, run, out, "--checkpoint", tmp_path / "no.ckpt")
-        assert "no such checkpoint file" in fails(capsys, run, out, "--checkpoint", "bset")
+        assert "no such checkpoint" in fails(capsys, run, out, "--checkpoint", tmp_path / "no.ckpt")
+        assert "no such checkpoint" in fails(capsys, run, out, "--checkpoint", "bset")
         whole = runs.checkpoint(run, "last").read_bytes()
         (tmp_path / "half.ckpt").write_bytes(whole[: len(whole) // 2])
         said = fails(capsys, run, out, "--checkpoint", tmp_path / "half.ckpt")

@@ -42,8 +42,8 @@ CASES: dict[str, tuple[list[str], str]] = {
     "bad value below data": (["fit", "-c", "lm/debug", "--data.text.length", "1"], "text.length must be at least 2"),
     "bad checkpoint setting": (["fit", "-c", "lm/debug", "--checkpoint.mode", "x"], "unknown checkpoint.mode 'x'"),
     "no such class": (["fit", "-c", "lm/debug", "--model", "draftsmith.modules.lm.LMM"], "has no attribute 'LMM'"),
-    "no such strategy": (["fit", "-c", "lm/debug", "--trainer.strategy", "ddpp"], "invalid strategy name"),
-    "no such checkpoint": (["fit", "-c", "lm/debug", "--ckpt_path", "nope.ckpt"], "no checkpoint file 'nope.ckpt'"),
+    "no such strategy": (["fit", "-c", "lm/debug", "--trainer.strategy", "ddpp"], "unknown trainer.strategy 'ddpp'"),
+    "no such checkpoint": (["fit", "-c", "lm/debug", "--ckpt_path", "nope.ckpt"], "no checkpoint 'nope.ckpt'"),
     "best without run": (["validate", "-c", "lm/debug", "--ckpt_path", "best"], "needs --run ID"),
     "nothing to test": (["test"], "nothing to test"),
 }
