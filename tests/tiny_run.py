@@ -12,6 +12,16 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = [sys.executable, "-m", "draftsmith.inference.cli"]
 TIMEOUT = 240
+ARCH = {
+    "model_type": "llama",
+    "vocab_size": 300,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
 
 
 def make_place(place: Path, steps: int) -> Path:
@@ -27,16 +37,6 @@ def make_place(place: Path, steps: int) -> Path:
 
 def tiny(place: Path, steps: int) -> dict[str, Any]:
     """A one-layer model on that corpus, seconds to train."""
-    arch = {
-        "model_type": "llama",
-        "vocab_size": 300,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-    }
     corpus = {"sources": [str(place / "text")], "dedup": None, "val_fraction": 0.2}
     text = {"tokenizer": "bpe:300", "length": 32, "batch_size": 4, "cache_dir": str(place / "cache")}
     return {
@@ -51,7 +51,7 @@ def tiny(place: Path, steps: int) -> dict[str, Any]:
         },
         "model": {
             "class_path": "draftsmith.modules.lm.LM",
-            "init_args": {"model": {"arch": arch}, "optim": {"lr": 0.01, "warmup_steps": 3}},
+            "init_args": {"model": {"arch": dict(ARCH)}, "optim": {"lr": 0.01, "warmup_steps": 3}},
         },
         "data": {
             "class_path": "draftsmith.data.text.TextDataModule",

@@ -1,12 +1,12 @@
 """A callback for jobs: records the samples, and holds the run up while a file is there. Named in a config overlay."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
+
+from tests.trainers.recorder import append_line
 
 
 class GatedRecorder(pl.Callback):
@@ -26,11 +26,4 @@ class GatedRecorder(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        line = {
-            "step": trainer.global_step,
-            "rank": trainer.global_rank,
-            "samples": batch.sample_id.tolist(),
-            "random": torch.rand(()).item(),  # what dropout would draw
-        }
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(self.path, trainer, batch)

@@ -9,6 +9,18 @@ import lightning.pytorch as pl
 import torch
 
 
+def append_line(path: Path, trainer: pl.Trainer, batch: Any) -> None:
+    """{"step", "rank", "samples", "random"} of this moment, as one more line of `path`."""
+    line = {
+        "step": trainer.global_step,
+        "rank": trainer.global_rank,
+        "samples": batch.sample_id.tolist(),
+        "random": torch.rand(()).item(),  # what dropout would draw
+    }
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
 class SampleRecorder(pl.Callback):
     """Appends {"step", "rank", "samples", "random"} to `path` when a step begins; `delay` gives time to kill it."""
 
@@ -17,12 +29,5 @@ class SampleRecorder(pl.Callback):
         self.delay = delay
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        line = {
-            "step": trainer.global_step,
-            "rank": trainer.global_rank,
-            "samples": batch.sample_id.tolist(),
-            "random": torch.rand(()).item(),  # what dropout would draw
-        }
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(self.path, trainer, batch)
         time.sleep(self.delay)

@@ -33,18 +33,8 @@ from draftsmith.trainers.checks.subject import Subject
 from draftsmith.trainers.cli import parse
 from draftsmith.trainers.training import ParseCLI
 from tests.tiny import write_tokenizer
-from tests.tiny_run import make_place
+from tests.tiny_run import ARCH, make_place
 
-ARCH = {
-    "model_type": "llama",
-    "vocab_size": 300,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 GOOD = Job(
     name="train", nodes=1, ntasks=2, tasks_per_node=2, signal="SIGUSR1@120", requeue=True, inside=True, in_step=True
 )
