@@ -42,19 +42,31 @@ def check_tasks(devices: int, nodes: int) -> None:
         )
 
 
+_early: list[int] = []  # notices that came while nobody trained
+
+
 @contextmanager
 def notice_held() -> Iterator[None]:
-    """Within, a SIGUSR1 waits for `StopSignals` instead of killing a process that still loads, or already ends."""
+    """Within, a SIGUSR1 is remembered for `StopSignals` instead of killing a process that still loads, or already ends.
+
+    A handler and not a signal mask: a mask is the thread's own, and the libraries' threads would take the signal.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {NOTICE})
+    before = signal.signal(NOTICE, lambda signum, frame: _early.append(signum))
     try:
         yield
     finally:
-        if NOTICE not in before:
-            signal.sigtimedwait({NOTICE}, 0)  # one that nobody waited for
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(NOTICE, before)
+        _early.clear()
+
+
+def early_notice() -> bool:
+    """Whether a SIGUSR1 came before training began; forgets it."""
+    came = bool(_early)
+    _early.clear()
+    return came
 
 
 def requeue() -> str:

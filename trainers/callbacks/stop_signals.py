@@ -48,7 +48,6 @@ class StopSignals(Callback):
         self._agreed: int | None = None  # signal for which all ranks save as soon as a checkpoint can be taken
         self.stopping: Stopped | None = None
         self._before: dict[int, Any] = {}
-        self._held = False  # whether SIGUSR1 was blocked before training
         self._interval, self._wait = 1, 1  # steps between two agreements, steps that are left
         self._asked = 0.0  # time of the last agreement
 
@@ -57,7 +56,7 @@ class StopSignals(Callback):
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGTERM, signal.SIGINT, NOTICE):
                 self._before[signum] = signal.signal(signum, self._note)
-            self._held = NOTICE in signal.pthread_sigmask(signal.SIG_UNBLOCK, {NOTICE})
+            self.noticed = slurm_job.early_notice() or self.noticed
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if signum == NOTICE:
@@ -69,11 +68,9 @@ class StopSignals(Callback):
         self.received = signum
 
     def _restore(self) -> None:
-        if self._held:
-            signal.pthread_sigmask(signal.SIG_BLOCK, {NOTICE})
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
-        self._before, self._held = {}, False
+        self._before = {}
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
