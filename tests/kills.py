@@ -68,8 +68,9 @@ class Watched(pl.Callback):
 
     def _say(self, phase: str) -> None:
         path = self.folder / f"phase.{self.rank}"
-        path.with_suffix(".new").write_text(phase)
-        path.with_suffix(".new").replace(path)
+        new = path.with_name(f"{path.name}.new")  # the rank's own: with_suffix would name one file for all ranks
+        new.write_text(phase)
+        new.replace(path)
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         line = {"step": trainer.global_step, "rank": trainer.global_rank, "samples": batch.sample_id.tolist()}
