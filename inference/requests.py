@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -81,6 +81,7 @@ class DecodeResult:
     seconds: float
     stop: list[str]  # per row: "stop_id", "stop_string", "length"
     text: list[str] | None = None  # cut before the stop string; only when the decoder was given a tokenizer
+    notes: dict[str, Any] = field(default_factory=dict)  # what was really done: the rule, effective values; JSON-ready
 
 
 @dataclass(frozen=True)

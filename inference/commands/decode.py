@@ -30,6 +30,7 @@ class Outcome:
     rounds: RoundStats = field(default_factory=RoundStats)
     nfe: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+    notes: dict[str, Any] = field(default_factory=dict)  # of the last batch
 
     def add(self, result: DecodeResult) -> None:
         self.rounds.extend(result.rounds, row_offset=len(self.output))
@@ -38,6 +39,7 @@ class Outcome:
         self.text = None if result.text is None or self.text is None else self.text + result.text
         self.nfe = {role: self.nfe.get(role, 0) + result.nfe.get(role, 0) for role in self.nfe | result.nfe}
         self.seconds += result.seconds
+        self.notes = result.notes
 
     @property
     def tokens_per_second(self) -> float:
@@ -265,5 +267,6 @@ def _document(
         "seconds": outcome.seconds,
         "tokens_per_second": outcome.tokens_per_second,
         "nfe": outcome.nfe,
+        "notes": outcome.notes,
         "acceptance": summary.to_json(),
     }

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.inference.acceptance import Verdict, one_hot, verify, verify_greedy
+from draftsmith.inference.block_verification import RULES, rule_used, verify_block
 from draftsmith.inference.costs import CostCurve
 from draftsmith.inference.decoders.session import (
     RowOutcome,
@@ -51,6 +52,15 @@ class SpeculativeSettings(DraftLengthSettings):
             "choices": BATCHING,
         },
     )
+    verification: str = field(
+        default="token",
+        metadata={
+            "help": "token: drafted tokens are tested one after the other. block: the chain is tested as a whole, "
+            "which accepts at least as many in expectation; greedy decoding and deterministic drafts gain nothing and "
+            "keep the token rule",
+            "choices": RULES,
+        },
+    )
     lossy_mix: float = field(
         default=0.0,
         metadata={
@@ -62,6 +72,8 @@ class SpeculativeSettings(DraftLengthSettings):
         super().__post_init__()
         if self.batching not in BATCHING:
             raise unknown_choice("batching", self.batching, BATCHING)
+        if self.verification not in RULES:
+            raise unknown_choice("verification", self.verification, RULES)
         if not 0.0 <= self.lossy_mix < 1.0:
             raise InvalidValue(f"lossy_mix must be at least 0 (lossless) and below 1, got {self.lossy_mix}")
 
@@ -88,6 +100,7 @@ class _Call:
     lengths: dict[int, RowLength]  # by request
     rounds: int = 0
     undrafted: int = 0  # rounds since the drafter was asked last: it then has more to catch up on
+    rule: str = "none (nothing was drafted)"  # what the drafts were really verified by
 
 
 class SpeculativeDecoder:
@@ -147,7 +160,9 @@ class SpeculativeDecoder:
         finally:  # also when the caller gives up the stream
             self.lengths.close(list(call.lengths.values()))
         session.nfe["draft"] = call.draft.calls
-        return session.result()
+        result = session.result()
+        result.notes["rule"] = call.rule
+        return result
 
     def _open(self, requests: Sequence[TokenRequest]) -> _Call:
         settings = self._settings
@@ -206,6 +221,9 @@ class SpeculativeDecoder:
             g = proposal.tokens.shape[1]
             n = self._offered(want, g) if proposal.n is None else proposal.n
             logits = session.target_logits(proposal.tokens)
+            call.rule = rule_used(
+                self._settings.verification, greedy=self._sampling.greedy, law=proposal.law is not None
+            )
             verdict, p = self._verify(session, proposal, logits, n, u_accept, u_next)
             outcomes = self._outcomes(_read(verdict, n, proposal.tokens), live)
             lengths = [call.lengths[session.rows[b].index] for b in live]
@@ -262,6 +280,8 @@ class SpeculativeDecoder:
             assert u_accept is not None and u_next is not None
             p = law(logits, params, counts)
             judge = _mixed(p, one_hot(x, p[:, :g]) if q is None else q, mix) if mix else p
+            if self._settings.verification == "block" and q is not None:
+                return verify_block(x, q, judge, n, u_accept[:, :g], u_next), p
             return verify(x, q, judge, n, u_accept[:, :g], u_next), p
         if mix:
             assert q is not None

@@ -72,6 +72,9 @@ def variants(name: str) -> list[dict[str, Any]]:
     found.append({"schedule": "constant", "fallback": "never", "draft_length": 2})
     modes = fields["batching"].metadata["choices"][1:]
     found += [{"batching": mode, "fallback": "never", "draft_length": 2} for mode in modes]
+    if "draft" in registry.get(name).needs and "verification" in fields:
+        rules = fields["verification"].metadata["choices"][1:]
+        found += [{"verification": rule, "fallback": "never", "schedule": "confidence"} for rule in rules]
     return [{"draft_length": 4} | v for v in found]
 
 
