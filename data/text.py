@@ -14,6 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from lightning.pytorch import LightningDataModule
 
 from draftsmith.data.chat import use_template
@@ -205,6 +207,13 @@ class TextDataModule(LightningDataModule):
         """One line: documents, duplicates, split, tokens."""
         train, val = self._packed("train").store.num_tokens, self._packed("val").store.num_tokens
         return f"{self._info['corpus']}; {train} training tokens, {val} validation tokens, vocabulary {self.vocab_size}"
+
+    def label_counts(self, size: int) -> torch.Tensor:
+        """int64 [size]: how often each token id is a label of the training text. Raises InvalidValue for a stream."""
+        if self.text.streaming:
+            raise InvalidValue("labels of a stream cannot be counted beforehand: set text.streaming to false")
+        store = self._packed("train").store
+        return torch.from_numpy(np.bincount(store.ids[store.mask.astype(bool)], minlength=size))
 
     def prompts(
         self, count: int, length: int = 32, max_new_tokens: int = 128, tag: str | None = None
