@@ -192,17 +192,22 @@ class Cluster:
 
         def reached() -> bool:
             nonlocal ended
-            now = self.job(number)["JobState"]
+            job = self.job(number)
+            now = job["JobState"]
             # on its way back into the queue a job shows other states for a moment
             ended = ended + 1 if now in ("FAILED", "CANCELLED", "TIMEOUT", "COMPLETED", "NODE_FAIL") else 0
-            assert now == state or ended < 50, now
+            assert now == state or ended < 50, job
             return now == state
 
         wait_until(f"job {number} is not {state}: {self.job(number)}", reached, seconds)
         return self.job(number)
 
     def start_now(self, number: str) -> None:
-        """SLURM holds a requeued job for two minutes; this lets it start at once."""
+        """SLURM holds a requeued job for two minutes; this lets it start as soon as its node has cleaned up.
+
+        Started in the same second on the same node, it met the old script's leftovers in five of seven trials, and failed.
+        """
+        time.sleep(3.0)
         self.run("scontrol", "update", f"JobId={number}", "StartTime=now")
 
 
