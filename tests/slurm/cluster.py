@@ -205,7 +205,7 @@ class Cluster:
     def start_now(self, number: str) -> None:
         """SLURM holds a requeued job for two minutes; this lets it start as soon as its node has cleaned up.
 
-        Started in the same second on the same node, it met the old script's leftovers in five of seven trials, and failed.
+        Started in the same second on the same node, it met the old script's leftovers and failed, five times in seven.
         """
         time.sleep(3.0)
         self.run("scontrol", "update", f"JobId={number}", "StartTime=now")
