@@ -315,12 +315,13 @@ class EagleDrafter(pl.LightningModule):
         return draft_laws(last[needed], target.head_weight, target.head_bias, ids, rows), slot
 
     def _counts(self, trained: list[Tensor]) -> Tensor:
-        """float64 [K]: rows of each step on all ranks, divided by the ranks (the strategy averages gradients)."""
-        counts = torch.stack([mask.sum() for mask in trained]).double()
+        """float32 [K]: rows of each step on all ranks, divided by the ranks (the strategy averages gradients)."""
+        counts = torch.stack([mask.sum() for mask in trained]).float()
         if self._trainer is None:
             return counts
         total: Tensor = cast(Tensor, self.trainer.strategy.reduce(counts, reduce_op="sum"))
-        return total / self.trainer.world_size
+        share: Tensor = total / self.trainer.world_size
+        return share
 
     # --- steps
 
