@@ -65,6 +65,27 @@ def overlap(p: Tensor, q: Tensor) -> Tensor:
     return torch.minimum(p, q).sum(-1)
 
 
+@dataclass(frozen=True)
+class NodeTest:
+    """What became of one drafted token at one node."""
+
+    accepted: Tensor  # bool [...]
+    rest: Tensor  # [..., V] normalised: the law of the node's token if it was not accepted
+    beta: Tensor  # [...] probability that a token from the draft law passes
+    underflow: Tensor  # bool [...]: p <= q up to rounding, so that a rejection leaves nothing and `rest` is p itself
+
+
+def examine(x: Tensor, q: Tensor | None, p: Tensor, u: Tensor) -> NodeTest:
+    """Test one token at one node; arguments as of `accept_or_residual`."""
+    law = one_hot(x, p) if q is None else q
+    at = x.unsqueeze(-1)
+    p_x = p.gather(-1, at).squeeze(-1)
+    accepted = accepts(u, p_x, law.gather(-1, at).squeeze(-1))
+    rest = residual(p, law)
+    beta = p_x if q is None else overlap(p, law)
+    return NodeTest(accepted, rest / rest.sum(-1, keepdim=True), beta, (p <= law).all(-1))
+
+
 def accept_or_residual(x: Tensor, q: Tensor | None, p: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """One test at one node: whether x passes, and the law of the node's token if it does not.
 
@@ -73,11 +94,8 @@ def accept_or_residual(x: Tensor, q: Tensor | None, p: Tensor, u: Tensor) -> tup
     u: [...] uniform on [0, 1).
     Returns: bool [...], and [..., V] normalised.
     """
-    law = one_hot(x, p) if q is None else q
-    at = x.unsqueeze(-1)
-    accepted = accepts(u, p.gather(-1, at).squeeze(-1), law.gather(-1, at).squeeze(-1))
-    rest = residual(p, law)
-    return accepted, rest / rest.sum(-1, keepdim=True)
+    test = examine(x, q, p, u)
+    return test.accepted, test.rest
 
 
 def _leading(ok: Tensor, n: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from draftsmith.inference.errors import InvalidValue
+from draftsmith.inference.errors import InvalidState, InvalidValue
 
 
 def _per_layer(value: int | Sequence[int], num_layers: int) -> list[int]:
@@ -120,6 +120,21 @@ class StaticCache:
         else:
             assert positions is not None
             storage[self._rows, :, positions] = kv
+
+    def widen(self, capacity: int) -> None:
+        """Make room for `capacity` slots; only while empty. The nodes of a tree take slots that no position needs.
+
+        Raises InvalidState for a cache that holds tokens.
+        """
+        if any(self.lengths):
+            raise InvalidState(f"only an empty cache can be widened; the rows hold {self.lengths} tokens")
+        if capacity <= self.capacity:
+            return
+        storage, self._storage, self.keys, self.values = self._storage, [], [], []
+        with torch.inference_mode(False):
+            while storage:
+                self._append(tuple(x.new_zeros(*x.shape[:2], capacity, x.shape[3]) for x in storage.pop(0)))
+        self.capacity = capacity
 
     def advance(self, n: int) -> None:
         """Count the n tokens just written to every row."""

@@ -2,6 +2,9 @@
 
 alpha  acceptance probability of one position, E[sum_v min(p_v, q_v)] = E[1 - TV(p, q)], over the positions examined:
        the first min(k + 1, n) of the n drafted ones (whatever stands behind the first rejection was never looked at).
+       In a tree the position is a test: one of each drawn child that verification came to, with the laws that the
+       rejections before it left; of a deterministic tree one of each node's set of children, with beta = sum of its p.
+       So the alpha of a tree is that of its tests; it does not say how long accepted paths are: tau does.
 tau    tokens committed per target call, the correction or bonus token included; plain rounds (n = 0) count as calls.
 
 Intervals are percentile bootstraps over REQUESTS, since the rounds of one request are not independent.
@@ -87,11 +90,6 @@ class Summary:
         return {name: plain(value) for name, value in vars(self).items()} | {
             "histogram": {str(n): row for n, row in self.histogram.items()}
         }
-
-
-def examined(drafted: Tensor, accepted: Tensor) -> Tensor:
-    """How many positions each round examined: min(k + 1, n). int64 [E], [E] -> [E]."""
-    return torch.minimum(accepted + 1, drafted)
 
 
 def count(rounds: RoundStats) -> Counts:
@@ -201,8 +199,9 @@ def _columns(rounds: RoundStats) -> dict[str, Tensor]:
         for name in ("row", "drafted", "accepted", "committed")
     }
     columns["beta_sum"] = torch.tensor(rounds.beta_sum, dtype=torch.float64)
-    columns["examined"] = examined(columns["drafted"], columns["accepted"])
+    columns["examined"] = torch.tensor(rounds.examined, dtype=torch.int64)
     bad = (columns["accepted"] > columns["drafted"]) | (columns["accepted"] < 0)
+    bad |= (columns["accepted"] > columns["examined"]) | (columns["examined"] > columns["drafted"])
     bad |= (columns["beta_sum"] < -1e-6) | (columns["beta_sum"] > columns["examined"] * (1 + 1e-4) + 1e-6)
     if bool(bad.any()):
         e = int(bad.nonzero()[0])

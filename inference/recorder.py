@@ -24,7 +24,6 @@ from torch import Tensor
 
 from draftsmith.inference.errors import InvalidState, InvalidValue, unknown_choice
 from draftsmith.inference.laws import Record, TeacherLaw
-from draftsmith.inference.metrics import examined
 from draftsmith.inference.requests import DecodeResult, RoundView, TokenRequest
 
 POSITIONS = ("wrong", "all")
@@ -170,9 +169,8 @@ class LawRecorder:
     ) -> list[Record]:
         """One Record per request of a finished `decode` call, with the acceptance that its rounds measured."""
         rounds = result.rounds
-        looked = examined(torch.tensor(rounds.drafted), torch.tensor(rounds.accepted)).tolist()
         betas, counts = [0.0] * len(requests), [0] * len(requests)
-        for row, beta, n in zip(rounds.row, rounds.beta_sum, looked, strict=True):
+        for row, beta, n in zip(rounds.row, rounds.beta_sum, rounds.examined, strict=True):
             betas[row] += beta
             counts[row] += n
         return [

@@ -68,6 +68,14 @@ _ENTRIES = (
         settings=f"{_DECODERS}.speculative.PromptLookupSettings",
         build=f"{_DECODERS}.speculative.build_prompt_lookup",
     ),
+    DecoderEntry(
+        name="tree",
+        summary="a draft offers a tree of continuations, one target call verifies all of its paths",
+        lossless=True,
+        needs=("target", "draft"),
+        settings=f"{_DECODERS}.tree.TreeSettings",
+        build=f"{_DECODERS}.tree.build",
+    ),
 )
 
 _TABLE = {entry.name: entry for entry in _ENTRIES}

@@ -40,19 +40,35 @@ class RoundStats:
     """
 
     row: list[int] = field(default_factory=list)  # index into the requests
-    drafted: list[int] = field(default_factory=list)  # n: tokens offered to the target for this row, 0..g
-    accepted: list[int] = field(default_factory=list)  # k: leading accepts, 0..n
+    drafted: list[int] = field(default_factory=list)  # n: tokens offered to the target for this row (nodes of a tree)
+    accepted: list[int] = field(default_factory=list)  # k: leading accepts, 0..n (a tree: nodes on the accepted path)
     committed: list[int] = field(default_factory=list)  # tokens that reached the output, after cutting at a stop
-    beta_sum: list[float] = field(default_factory=list)  # sum of 1 - TV(p, q) over the examined positions
+    beta_sum: list[float] = field(default_factory=list)  # sum of 1 - TV(p, q) over the tests that were made
     seconds: list[float] = field(default_factory=list)  # wall time of the round, shared by its rows
+    examined: list[int] = field(default_factory=list)  # tests made; a chain of n: min(k + 1, n), see `append`
 
-    def append(self, row: int, drafted: int, accepted: int, committed: int, beta_sum: float, seconds: float) -> None:
+    def __post_init__(self) -> None:
+        for n, k in zip(self.drafted[len(self.examined) :], self.accepted[len(self.examined) :], strict=True):
+            self.examined.append(min(k + 1, n))
+
+    def append(
+        self,
+        row: int,
+        drafted: int,
+        accepted: int,
+        committed: int,
+        beta_sum: float,
+        seconds: float,
+        examined: int | None = None,
+    ) -> None:
+        """examined: tests made, one a drawn child of a tree; None: a chain, min(accepted + 1, drafted)."""
         self.row.append(row)
         self.drafted.append(drafted)
         self.accepted.append(accepted)
         self.committed.append(committed)
         self.beta_sum.append(beta_sum)
         self.seconds.append(seconds)
+        self.examined.append(min(accepted + 1, drafted) if examined is None else examined)
 
     def extend(self, other: "RoundStats", row_offset: int = 0) -> None:
         """Append another call's rounds, its rows renumbered from `row_offset`."""

@@ -23,7 +23,8 @@ class MarkovEngine:
 
     It remembers its tokens in a real StaticCache (the key of a slot is the token's id), so a wrong roll-back, a wrong
     slot or a stale row changes its logits from order 2 on. Before the first token it sees id 0.
-    Hidden states are the logits themselves and the head is the identity. No tree masks, no embeddings as input.
+    Hidden states are the logits themselves and the head is the identity. Under a tree mask the token before a query is
+    the one in the last slot that it sees, itself left out. No embeddings as input.
     """
 
     table: Tensor  # [V] * order + [V] logits; may be changed between calls (a draft that learns)
@@ -61,19 +62,23 @@ class MarkovEngine:
         mask: Tensor | None = None,
         aux_layers: Sequence[int] = (),
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        if tokens is None or embeds is not None or mask is not None:
-            raise InvalidType("MarkovEngine reads tokens in a chain: no embeddings, no tree mask")
+        if tokens is None or embeds is not None or (mask is not None and cache is None):
+            raise InvalidType("MarkovEngine reads tokens: no embeddings, a tree mask only over a cache")
         n = tokens.shape[1]
         self.calls.append((tokens.shape[0], n))
         if cache is None:
             past = torch.nn.functional.pad(tokens, (1, 0))[:, :-1]
         else:
             cache.reserve(n)
-            at = cache.positions(n) if positions is None else positions
+            at = cache.positions(n)  # where they are written, whatever `positions` says
             ids = tokens[:, None, :, None].float()
             keys, _ = cache.write(0, ids, ids, at)
-            slots = (at - 1).clamp_min(0)
-            past = keys[:, 0, :, 0].gather(1, slots).long() * (at > 0)
+            before = at - 1
+            if mask is not None:
+                slots = torch.arange(keys.shape[2])
+                seen = (mask[:, 0] == 0) & (slots != at.unsqueeze(-1))
+                before = torch.where(seen, slots, -1).amax(-1)
+            past = keys[:, 0, :, 0].gather(1, before.clamp_min(0)).long() * (before >= 0)
             cache.advance(n)
         if self.order == 0:
             hidden = self.table.expand(*tokens.shape, -1)

@@ -66,6 +66,8 @@ class RowOutcome:
     new: list[int]  # tokens to commit, before cutting at a stop
     beta_sum: float
     fault: int
+    examined: int | None = None  # tests made; None: min(k + 1, n), as in a chain
+    shown: int | None = None  # entries of `drafted` that a recorder is shown; None: n
 
 
 class Session:
@@ -140,6 +142,18 @@ class Session:
         u = u.to(self.target.device, non_blocking=True)
         return u[:, :g], u[:, g : 2 * g], u[:, 2 * g]
 
+    def numbers(self, stream: Stream, index: Tensor) -> Tensor:
+        """float64 [B, ...]: this round's numbers of a stream at any indices; index: int64 [B or 1, ...] on the host."""
+        shape = (-1, *[1] * (index.dim() - 1))
+        length = torch.tensor([len(row.tokens) for row in self.rows]).view(shape)
+        rounds = torch.tensor([NUM_STREAMS * row.rounds + stream for row in self.rows]).view(shape)
+        return uniform_from(self._key.view(shape), length + index, rounds).to(self.target.device, non_blocking=True)
+
+    @property
+    def records(self) -> bool:
+        """Whether a recorder looks at the rounds."""
+        return self._recorder is not None
+
     def target_logits(self, drafted: Tensor | None) -> Tensor:
         """One target call on what the cache lacks and on `drafted` [B, g]: logits [B, g+1, V] of what follows."""
         hidden = feed(self.target, self.cache, self.tokens(), drafted)
@@ -200,7 +214,7 @@ class Session:
         seconds = time.perf_counter() - begin
         for b, commit in zip(live, commits, strict=True):
             o = outcomes[b]
-            self.stats.append(commit.row, o.n, o.k, len(commit.tokens), o.beta_sum, seconds)
+            self.stats.append(commit.row, o.n, o.k, len(commit.tokens), o.beta_sum, seconds, o.examined)
         return commits, seconds
 
     def _check(self, row: Row, outcome: RowOutcome) -> None:
@@ -244,7 +258,9 @@ class Session:
                     rows=[self.rows[b].index for b in live],
                     context=[self.rows[b].tokens for b in live],
                     drafted=drafted if pick is None else drafted.index_select(0, pick),
-                    num_drafted=[cut.get(b, outcomes[b].n) for b in live],
+                    num_drafted=[
+                        cut.get(b, n if (n := outcomes[b].shown) is not None else outcomes[b].n) for b in live
+                    ],
                     accepted=[cut.get(b, outcomes[b].k) for b in live],
                     next_token=[outcomes[b].y for b in live],
                     target_logits=logits if pick is None else logits.index_select(0, pick),

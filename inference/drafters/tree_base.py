@@ -24,15 +24,19 @@ class TreeTask:
     capacity: int  # longest row, prompt and output, plus one tree
     nodes: int  # most nodes of a tree, root excluded
     vocab_size: int  # ids that may be proposed: 0..vocab_size-1
-    sampling: SamplingParams  # the target's; a drafter may have its own
+    sampling: SamplingParams  # the target's, at the draft's temperature where one is set; a drafter may have its own
     device: device  # where the tree must lie
 
 
 class Uniforms(Protocol):
     """The numbers of one round for drawing drafts; every row's depend on its own seed, round and index only."""
 
-    def __call__(self, first: int, count: int) -> Tensor:
-        """float64 [B, count] uniform on [0, 1): numbers first..first+count-1 of each row. No number is used twice."""
+    def __call__(self, index: Tensor) -> Tensor:
+        """float64 [B, ...] uniform on [0, 1): the numbers of these indices in each row, on the task's device.
+
+        index: int64 [B or 1, ...] on the host, any values up to 2^61. Policies number a draw by its place in the tree
+        (`tree_drawing.slot`), so that a row's tree depends neither on its batch-mates nor on the order of growing.
+        """
         ...
 
 
@@ -58,11 +62,23 @@ class TreePolicy(Protocol):
     nodes: int  # most nodes, root excluded
     sampled: bool  # children are drawn from the laws (Tree.law is set); else it picks them (deterministic)
 
-    def grow(self, source: LawSource, roots: Tensor, want: Sequence[int], depth: Sequence[int], u: Uniforms) -> Tree:
+    def columns(self, nodes: int) -> int:
+        """Most nodes that growing trees of `nodes` nodes expands: slots that a source's cache needs beside the root."""
+        ...
+
+    def grow(
+        self, source: LawSource, roots: Tensor, want: Sequence[int], depth: Sequence[int], u: Uniforms | None
+    ) -> Tree:
         """Trees of at most want[b] nodes (root excluded) and depth[b] levels. roots: int64 [B], the root tokens.
 
         A sampled node is kept whatever it is: whether another one is drawn depends only on what was drawn before it.
+        u None (a greedy target): where others draw, the likeliest tokens are picked, and the tree has no laws.
         """
+        ...
+
+    def observe(self, accepted: Sequence[int | None]) -> None:
+        """What became of the trees grown last: [B] nodes accepted, None for a row that took no part. For policies that
+        adapt or watch their estimate; the decoder calls it once after each `grow`."""
         ...
 
 
@@ -126,3 +142,13 @@ class TreeDrafter(Protocol):
         ...
 
     def start(self, task: TreeTask) -> TreeDraftSession: ...
+
+
+class PolicyDrafter(TreeDrafter, Protocol):
+    """A tree drafter that gives laws and leaves it to a policy how its trees grow (language models, EAGLE heads)."""
+
+    policy: TreePolicy
+
+    def with_policy(self, policy: TreePolicy) -> "PolicyDrafter":
+        """The same drafter under another policy."""
+        ...

@@ -58,6 +58,8 @@ def no_collector() -> Iterator[None]:
 def variants(name: str) -> list[dict[str, Any]]:
     """The settings to test a decoder at: each schedule and each batching mode that it has."""
     fields = {f.name: f for f in dataclasses.fields(registry.get(name).settings_type())}
+    if "policy" in fields:  # trees
+        return [{"policy": policy, "nodes": 6, "depth": 4} for policy in fields["policy"].metadata["choices"]]
     if "schedule" not in fields:
         return [{}]
     found: list[dict[str, Any]] = []
