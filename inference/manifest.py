@@ -51,6 +51,13 @@ KINDS: dict[str, Kind] = {
             ("vocab_size", "target"),
             "draftsmith.inference.load_engine:load_engine",
         ),
+        Kind(
+            "eagle",
+            "an EAGLE head: drafts chains and trees from the states of one target",
+            ("draft",),
+            ("vocab_size", "target", "aux_layers"),
+            "draftsmith.inference.load_eagle:load_eagle",
+        ),
     )
 }
 

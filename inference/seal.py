@@ -11,6 +11,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from draftsmith.inference.checkpoint import sha256
 from draftsmith.inference.commands._args import parser
 from draftsmith.inference.engine import Engine
 from draftsmith.inference.errors import InvalidValue
+from draftsmith.inference.load_eagle import replay_head
 from draftsmith.inference.loader import load
 from draftsmith.inference.manifest import Seal, SealCheck
 
@@ -76,8 +78,9 @@ def replay(engine: Engine, tokens: Tensor) -> Tensor:
 def measure(directory: Path, inputs: Path) -> Seal:
     """Compare the export with the references in `inputs` (safetensors).
 
-    inputs: tokens int64 [B, T]; float32: logits [B, T, V] to be met when the export computes in float32; optionally
-    also float16 or bfloat16, to be met when it computes in that dtype. Metadata: what computed each of them.
+    inputs: tokens int64 [B, T] (of an EAGLE head also features and embeds, see `replay_head`); float32: logits
+    [B, T, V] to be met when the export computes in float32; optionally also float16 or bfloat16, to be met when it
+    computes in that dtype. Metadata: what computed each of them.
     """
     from safetensors import safe_open
 
@@ -85,10 +88,12 @@ def measure(directory: Path, inputs: Path) -> Seal:
         names = file.metadata() or {}
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
     tokens = arrays.pop("tokens")
+    features, embeds = arrays.pop("features", None), arrays.pop("embeds", tokens)  # an EAGLE head's
     scale = max(float(reference.abs().max()) for reference in arrays.values())
     checks = []
     for dtype, reference in sorted(arrays.items()):
-        found = replay(load(directory, dtype=dtype, sealing=True).part, tokens)
+        part: Any = load(directory, dtype=dtype, sealing=True).part
+        found = replay(part, tokens) if features is None else replay_head(part.net, features, embeds)
         if found.shape != reference.shape:
             raise InvalidValue(f"logits of shape {list(found.shape)}, the training class gave {list(reference.shape)}")
         difference = float((found - reference).abs().max())

@@ -238,7 +238,7 @@ class EagleDrafter(pl.LightningModule):
         extra = last.new_zeros(())
         outs = rollout(
             net,
-            batch.ids,
+            net.embed(batch.ids),
             net.project(features),
             self.steps,
             batch.positions()[:, :-1] if batch.separate else None,
@@ -429,6 +429,7 @@ class EagleDrafter(pl.LightningModule):
             model=net,
             tokenizer_dir=meta.get("tokenizer_dir") or self.teacher_spec.path,
             target_dir=self.teacher_spec.path,
+            aux_layers=manifest.AuxLayers(net.config.aux_layers, "after"),
             trained={
                 "max_length": net.config.max_positions,
                 "loss": "eagle1" if net.config.version == 1 else self.loss_name,

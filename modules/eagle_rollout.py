@@ -20,22 +20,21 @@ from draftsmith.inference.nets.transformer import Weights
 
 def rollout(
     head: EagleHead,
-    tokens: Tensor,  # int64 [B, T + 1]; row t starts with token t + 1
+    embeds: Tensor,  # [B, T + 1, D] of the text's tokens, from `head.embed`; row t starts with token t + 1
     states: Tensor,  # [B, T, D], from `head.project`
     steps: int,
     positions: Tensor | None = None,  # int64 [B, T]; default 0, 1, 2, ...
     visible: Tensor | None = None,  # bool [B, 1, T, T]; default: causal
 ) -> Iterator[Tensor]:
-    """Output states [B, T, D] of steps 0..steps-1, differentiable. Rows whose tokens end before the step hold garbage.
+    """Output states [B, T, D] of steps 0..steps-1, differentiable. Rows whose text ends before the step hold garbage.
 
     What row t of step k predicts is token t + k + 2.
     """
     batch, rows, width = states.shape
-    embeds = head.embed(tokens)
     if positions is None:
-        positions = torch.arange(rows, device=tokens.device).expand(batch, -1)
+        positions = torch.arange(rows, device=states.device).expand(batch, -1)
     if visible is None:
-        visible = torch.ones(rows, rows, dtype=torch.bool, device=tokens.device).tril().view(1, 1, rows, rows)
+        visible = torch.ones(rows, rows, dtype=torch.bool, device=states.device).tril().view(1, 1, rows, rows)
     hidden = additive(~visible, torch.float32).unsqueeze(1)  # [B or 1, 1, 1, T, T]
     layer = head.layer
     weights = layer.current()

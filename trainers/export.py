@@ -29,9 +29,10 @@ from draftsmith.inference import manifest as manifests
 from draftsmith.inference.commands._args import CommandParser, parser
 from draftsmith.inference.errors import InvalidState, InvalidValue, unknown_choice
 from draftsmith.inference.manifest import Couplings, Manifest, Provenance, Seal, TargetCoupling
+from draftsmith.inference.nets.eagle_head import EagleHead
 from draftsmith.inference.rng import uniform
 from draftsmith.modules.export_spec import ExportSpec
-from draftsmith.trainers import runs
+from draftsmith.trainers import export_eagle, runs
 from draftsmith.trainers.provenance import collect
 from draftsmith.trainers.strategies import read_state
 
@@ -112,7 +113,7 @@ def write(
     from transformers import PreTrainedModel
 
     model = spec.model
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(model, PreTrainedModel | EagleHead):
         raise InvalidValue(f"kind {spec.kind!r} is written from a transformers model, got {type(model).__name__}")
     dtype = dtype or str(next(model.parameters()).dtype).removeprefix("torch.")
     if dtype not in DTYPES:
@@ -123,7 +124,7 @@ def write(
         config={},
         dtype=dtype,
         files={},
-        couplings=_couplings(spec, model.get_output_embeddings().weight.shape[0]),
+        couplings=_couplings(spec, _rows(model)),
         provenance=_completed(provenance or _provenance(collect(None)), spec),
         metrics=spec.metrics,
     )
@@ -133,7 +134,12 @@ def write(
     def writer(directory: Path) -> None:
         with tempfile.TemporaryDirectory(prefix="draftsmith-seal-") as scratch:
             inputs = Path(scratch) / "inputs.safetensors"
-            _save(model, DTYPES[dtype], directory, inputs)
+            if isinstance(model, EagleHead):
+                positions = min(SEAL_TOKENS, model.config.max_length - 2)
+                tokens = seal_tokens(_rows(model), positions + 2)  # one more than pairs
+                export_eagle.save(model, DTYPES[dtype], directory, inputs, tokens)
+            else:
+                _save(model, DTYPES[dtype], directory, inputs)
             _copy_tokenizer(spec.tokenizer_dir, directory)
             config = checkpoint.read_json(directory / "config.json")
             unsealed = replace(draft, config=config, files=checkpoint.hash_files(directory))
@@ -255,9 +261,16 @@ def _couplings(spec: ExportSpec, head_size: int) -> Couplings:
         tokenizer_hash=identity.hash if identity else None,
         vocab_map_hash=identity.vocab_map_hash if identity else None,
         target=target,
+        aux_layers=spec.aux_layers,
         trained=spec.trained,
         decode_defaults=spec.decode_defaults,
     )
+
+
+def _rows(model: Any) -> int:
+    """Ids that a model's vocabulary has."""
+    rows: int = model.config.vocab_size if isinstance(model, EagleHead) else len(model.get_output_embeddings().weight)
+    return rows
 
 
 def _save(model: Any, dtype: torch.dtype, directory: Path, inputs: Path) -> None:

@@ -390,6 +390,8 @@ def build(
                 f"a {type(draft).__name__} makes its trees itself: leave policy at 'auto', got {settings.policy!r}"
             )
         draft = draft.with_policy(make_policy(settings))
+    if hasattr(draft, "bind"):  # a feature drafter reads its target's embedding, or head
+        draft.bind(parts["target"])
     return TreeDecoder(
         parts["target"],
         draft,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from draftsmith.inference.drafters.tree_base import Accepted, PolicyDrafter, TreePolicy, TreeTask, Uniforms
 from draftsmith.inference.drafters.tree_model import draft_sampling
-from draftsmith.inference.engine import Engine
+from draftsmith.inference.engine import Engine, EngineSpec
 from draftsmith.inference.errors import InvalidState, InvalidType, InvalidValue
 from draftsmith.inference.feeding import host_tensor
 from draftsmith.inference.nets.eagle_head import EagleHead
@@ -77,23 +77,33 @@ class EagleTreeDrafter(PolicyDrafter):
         """
         if target is not None:
             lend(head, target)
-        self.head, self.policy, self.sampling = head, policy, sampling
+        self.net, self.policy, self.sampling = head, policy, sampling
         self._tokenizer = tokenizer
         self.aux_layers = head.config.aux_layers
 
+    def bind(self, target: Engine) -> None:
+        """Lend the head what it reads of its target. Raises InvalidValue for a target of other sizes."""
+        lend(self.net, target)
+
+    @property
+    def spec(self) -> EngineSpec:
+        """Its sizes, as couplings see them."""
+        config = self.net.config
+        return EngineSpec("eagle", config.vocab_size, config.hidden_size, config.num_layers, config.max_length)
+
     @property
     def vocab_size(self) -> int | None:
-        return self.head.config.vocab_size
+        return self.net.config.vocab_size
 
     @property
     def tokenizer(self) -> Any | None:
         return self._tokenizer
 
     def with_policy(self, policy: TreePolicy) -> "EagleTreeDrafter":
-        return EagleTreeDrafter(self.head, policy, sampling=self.sampling, tokenizer=self._tokenizer)
+        return EagleTreeDrafter(self.net, policy, sampling=self.sampling, tokenizer=self._tokenizer)
 
     def start(self, task: TreeTask) -> "EagleTreeSession":
-        return EagleTreeSession(self.head, self.policy, draft_sampling(self.sampling, task), task)
+        return EagleTreeSession(self.net, self.policy, draft_sampling(self.sampling, task), task)
 
 
 @dataclasses.dataclass

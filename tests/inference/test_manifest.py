@@ -88,10 +88,12 @@ vocabularies = st.tuples(hashes, hashes) | st.just((None, None))
 @st.composite
 def manifest_values(draw: st.DrawFn) -> Manifest:
     tokenizer_hash, map_hash = draw(vocabularies)
+    kind = draw(st.sampled_from(sorted(KINDS)))
+    states = st.builds(AuxLayers, st.lists(st.integers(0, 99), max_size=3).map(tuple), st.text())
     files = draw(st.dictionaries(file_names, st.builds(FileEntry, hashes, st.integers(0, 2**60)), max_size=3))
     differences = draw(st.lists(st.floats(0, 1e6), min_size=1, max_size=2))
     return Manifest(
-        kind=draw(st.sampled_from(sorted(KINDS))),
+        kind=kind,
         net=draw(st.text()),
         config=draw(objects),
         dtype=draw(st.sampled_from(manifests.DTYPES)),
@@ -101,7 +103,7 @@ def manifest_values(draw: st.DrawFn) -> Manifest:
             tokenizer_hash,
             map_hash,
             draw(st.builds(TargetCoupling, hashes, st.text())),
-            draw(st.none() | st.builds(AuxLayers, st.lists(st.integers(0, 99), max_size=3).map(tuple), st.text())),
+            draw(states if "aux_layers" in KINDS[kind].couplings else st.none() | states),
             draw(objects),
             draw(objects),
         ),
@@ -190,13 +192,14 @@ def test_a_missing_version_is_another_version() -> None:
         ({"couplings__tokeniser_hash": HASH}, "did you mean 'couplings.tokenizer_hash'?"),
         ({"kind": ...}, "missing key 'kind'"),
         ({"couplings__trained": ...}, "missing key 'couplings.trained'"),
-        ({"kind": "draftor"}, "unknown manifest kind 'draftor': choose one of drafter, lm; did you mean 'drafter'?"),
+        ({"kind": "draftor"}, "unknown manifest kind 'draftor': choose one of drafter, eagle, lm; did you mean 'drafter'?"),
         ({"kind": "filter"}, "unknown manifest kind 'filter'"),
         ({"dtype": "int4"}, "unknown dtype 'int4'"),
         ({"couplings__vocab_size": "300"}, "couplings.vocab_size must be an integer, got '300'"),
         ({"couplings__vocab_size": True}, "couplings.vocab_size must be an integer, got True"),
         ({"couplings__vocab_size": 0}, "couplings.vocab_size must be at least 1"),
         ({"couplings__target": None}, "kind 'drafter' must state target"),
+        ({"kind": "eagle"}, "kind 'eagle' must state aux_layers"),
         ({"couplings__vocab_map_hash": None}, "stated together"),
         ({"couplings__tokenizer_hash": None, "couplings__vocab_map_hash": None}, "does not state tokenizer_hash"),
         ({"couplings__aux_layers": {"layers": [1, "2"], "convention": "after"}}, "aux_layers.layers[1] must be"),

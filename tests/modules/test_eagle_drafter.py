@@ -57,7 +57,7 @@ def _by_hand(module: EagleDrafter, batch: TokenBatch, name: str) -> float:
     whole = states.logits.double().softmax(-1)
     ids = net.draft_ids()
     total, rows = 0.0, batch.ids.shape[1] - 1
-    for k, out in enumerate(rollout(net, batch.ids, net.project(features), module.steps)):
+    for k, out in enumerate(rollout(net, net.embed(batch.ids), net.project(features), module.steps)):
         q_all, losses = net.logits(out).double().softmax(-1), []
         for b in range(len(batch.ids)):
             for t in range(rows):
@@ -105,7 +105,7 @@ def test_eagle_1_is_smooth_l1_on_the_states_and_a_tenth_of_cross_entropy(model: 
     batch = text_batch(torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(5)), prompt=2)
     states = model(batch.ids, output_hidden_states=True)
     features = states.hidden_states[-1]
-    (out,) = rollout(module.net, batch.ids, features[:, :-1], 1)
+    (out,) = rollout(module.net, module.net.embed(batch.ids), features[:, :-1], 1)
     rows = range(7)  # row t is trained on token t + 2
     guess, goal = out[:, rows], features[:, 1:8]
     smooth = torch.nn.functional.smooth_l1_loss(guess, goal)
@@ -183,7 +183,7 @@ def test_metrics_of_the_steps_by_hand(model: Any) -> None:
         means.update(out, batch.ids.numel())
         states = model(batch.ids, output_hidden_states=True)
         features = torch.cat([states.hidden_states[i] for i in module.net.config.aux_layers], -1)[:, :-1]
-        outs = list(rollout(module.net, batch.ids, module.net.project(features), 3))
+        outs = list(rollout(module.net, module.net.embed(batch.ids), module.net.project(features), 3))
         found = means.compute()
         right = torch.ones(3, 13, dtype=torch.bool)
         accuracies = []

@@ -61,7 +61,7 @@ def test_step_k_at_row_t_is_the_cached_rollout_behind_row_t(changes: dict[str, o
     tokens = torch.randint(64, (2, 14), generator=generator)
     features = torch.randn(2, 13, head.config.feature_size, generator=generator)
     with torch.no_grad():
-        outs = list(rollout(head, tokens, head.project(features), 4))
+        outs = list(rollout(head, head.embed(tokens), head.project(features), 4))
     for start in (0, 3, 8):
         expected = cached_rollout(head, tokens, features, start, 4)
         found = torch.stack([out[:, start] for out in outs], 1)
@@ -81,9 +81,9 @@ def test_a_document_of_a_packed_row_is_what_it_is_alone() -> None:
     positions = torch.cat((torch.arange(cut), torch.arange(14 - cut))).unsqueeze(0)
     visible = (document.unsqueeze(0) == document.unsqueeze(1)).tril().view(1, 1, 14, 14)
     with torch.no_grad():
-        packed = list(rollout(head, tokens, head.project(features), 3, positions, visible))
-        alone = list(rollout(head, tokens[:, cut:], head.project(features[:, cut:]), 3))
-        joined = list(rollout(head, tokens, head.project(features), 3))
+        packed = list(rollout(head, head.embed(tokens), head.project(features), 3, positions, visible))
+        alone = list(rollout(head, head.embed(tokens[:, cut:]), head.project(features[:, cut:]), 3))
+        joined = list(rollout(head, head.embed(tokens), head.project(features), 3))
     for k in range(3):
         torch.testing.assert_close(packed[k][:, cut:], alone[k], rtol=1e-4, atol=1e-5)
         assert (joined[k][:, cut:] - alone[k]).abs().max() > 0.01  # without the mask the documents do mix
@@ -93,6 +93,6 @@ def test_gradients_reach_every_parameter_through_the_last_step() -> None:
     head = small_head(own_embedding=True).train()
     tokens = torch.randint(64, (1, 9), generator=torch.Generator().manual_seed(3))
     features = torch.randn(1, 8, head.config.feature_size)
-    *_, last = rollout(head, tokens, head.project(features), 3)
+    *_, last = rollout(head, head.embed(tokens), head.project(features), 3)
     head.logits(last).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in head.parameters())
