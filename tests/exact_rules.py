@@ -179,6 +179,8 @@ def traversal_rule(shape: Shape, tokens: dict[int, int], p: Table, q: Table, rep
 
     def verify(v: int, path: tuple[int, ...], w: Fraction, chance: Fraction) -> Fraction:
         """Runs the node with probability `chance` and returns the probability of its failing."""
+        if not w:  # an impossible prefix: nothing below it survives
+            return chance
         law = p[path]
         children = shape.get(v, [])
         drawn = [tokens[c] for c in children]
@@ -190,7 +192,9 @@ def traversal_rule(shape: Shape, tokens: dict[int, int], p: Table, q: Table, rep
             mass = sum(rest)
             if not chance:
                 return ZERO
-            assert mass, "R = 0 cannot be reached after a failure"
+            assert mass or w < 1, "at weight 1 something is left after a failure"
+            if not mass:  # whatever was to survive here has gone to the child: the node itself is given up
+                return chance
             law, w = normalised(rest), mass / (mass + 1 - w)
         emit(path, law, chance * w)
         return chance * (1 - w)

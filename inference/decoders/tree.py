@@ -9,6 +9,7 @@ Shape letters: B rows in the batch, N nodes with the root, P nodes of a path, F 
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,13 +26,18 @@ from draftsmith.inference.feeding import host_tensor
 from draftsmith.inference.requests import Commit, DecodeResult, Recorder, TokenRequest
 from draftsmith.inference.rng import Stream
 from draftsmith.inference.sampling import SamplingParams, TokenCounts, law
+from draftsmith.inference.traversal_verification import RULES, verify_traversal
 from draftsmith.inference.tree import Tree
+from draftsmith.inference.tree_calibration import Calibration
 from draftsmith.inference.tree_policies.chain import ChainPolicy
+from draftsmith.inference.tree_policies.dyspec import DySpecPolicy, DySpecThresholdPolicy
+from draftsmith.inference.tree_policies.eagle2 import Eagle2Policy
 from draftsmith.inference.tree_policies.fixed_widths import FixedWidthsPolicy
+from draftsmith.inference.tree_policies.sequoia import SequoiaPolicy
 from draftsmith.inference.tree_verification import TreeVerdict, verify_tree, verify_tree_greedy
 
 AUTO = "auto"
-POLICIES = (AUTO, "chain", "fixed")
+POLICIES = (AUTO, "chain", "fixed", "sequoia", "dyspec", "dyspec_threshold", "eagle2")
 
 # What a round looked like to somebody who measures: the trees, the verdict, and which rows took part.
 Watcher = Callable[[Tree, TreeVerdict, Sequence[int]], None]
@@ -44,8 +50,10 @@ class TreeSettings:
     policy: str = field(
         default=AUTO,
         metadata={
-            "help": "how trees grow. auto: the drafter's own way, else fixed widths. chain: one node a level. fixed: "
-            "`widths` children a node",
+            "help": "how trees grow. auto: the drafter's own way, else dyspec. chain: one node a level. fixed: "
+            "`widths` children a node. sequoia: the best fixed shape for the measured acceptance. dyspec: where the "
+            "draft expects acceptance, node by node. dyspec_threshold: the same layer by layer, fewer draft calls. "
+            "eagle2: the most confident paths, not drawn",
             "choices": POLICIES,
         },
     )
@@ -55,6 +63,37 @@ class TreeSettings:
     replacement: bool = field(
         default=False,
         metadata={"help": "policy fixed: draw siblings independently (SpecInfer); equal ones then waste their nodes"},
+    )
+    verification: str = field(
+        default="token",
+        metadata={
+            "help": "token: from the root, siblings one after the other. traversal: from the leaves, which accepts at "
+            "least as many in expectation; greedy decoding gains nothing and keeps its rule",
+            "choices": RULES,
+        },
+    )
+    threshold: float = field(
+        default=0.0,
+        metadata={"help": "policy dyspec_threshold: draw what is worth this much or more; 0: 1 / nodes"},
+    )
+    adaptive: bool = field(
+        default=False,
+        metadata={
+            "help": "policy dyspec_threshold: move the threshold so that trees have `nodes` nodes on average (twice as "
+            "many at most); sampled ids then depend on batch-mates"
+        },
+    )
+    min_value: float = field(
+        default=0.0,
+        metadata={"help": "policy dyspec: stop at nodes that are tested with less than this probability; 0: never"},
+    )
+    beam: int = field(default=10, metadata={"help": "policy eagle2: nodes expanded on each level"})
+    calibration: str = field(
+        default="",
+        metadata={
+            "help": "policies dyspec, dyspec_threshold and sequoia: the file that 'draftsmith calibrate' wrote; none: "
+            "plain estimates (the command line takes the one beside the draft)"
+        },
     )
     draft_temperature: float = field(
         default=0.0,
@@ -67,9 +106,15 @@ class TreeSettings:
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise unknown_choice("policy", self.policy, POLICIES)
-        for name in ("nodes", "depth"):
+        if self.verification not in RULES:
+            raise unknown_choice("verification", self.verification, RULES)
+        for name in ("nodes", "depth", "beam"):
             if getattr(self, name) < 1:
                 raise InvalidValue(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not (0.0 <= self.threshold < 1.0 and 0.0 <= self.min_value < 1.0):
+            raise InvalidValue(
+                f"threshold and min_value must be at least 0 and below 1, got {self.threshold} and {self.min_value}"
+            )
         if not 0.0 <= self.draft_temperature < float("inf"):
             raise InvalidValue(f"draft_temperature must be 0 (the target's) or more, got {self.draft_temperature}")
         self.level_widths()
@@ -82,11 +127,41 @@ class TreeSettings:
         return [int(part) for part in parts]
 
 
-def make_policy(settings: TreeSettings) -> TreePolicy:
-    """The policy that settings name, `auto` meaning the one for a language model as the draft."""
-    if settings.policy == "chain":
-        return ChainPolicy(min(settings.nodes, settings.depth))
-    return FixedWidthsPolicy(settings.level_widths(), replacement=settings.replacement)
+def make_policy(settings: TreeSettings, sampling: SamplingParams, costs: CostCurve | None = None) -> TreePolicy:
+    """The policy that settings name, `auto` meaning the one for a language model as the draft.
+
+    costs: what calls cost on this machine; Sequoia takes a smaller tree where it pays better. Raises InvalidValue for a
+    calibration that was measured at other temperatures.
+    """
+    found = (
+        Calibration.load(Path(settings.calibration), conditions(settings, sampling)) if settings.calibration else None
+    )
+    table = None if found is None else found.table
+    nodes, depth = settings.nodes, settings.depth
+    match settings.policy:
+        case "chain":
+            return ChainPolicy(min(nodes, depth))
+        case "fixed":
+            return FixedWidthsPolicy(settings.level_widths(), replacement=settings.replacement)
+        case "sequoia":
+            p = None if found is None else found.sequoia
+            if costs is None:
+                return SequoiaPolicy(nodes, depth, p=p)
+            return SequoiaPolicy(nodes, depth, p=p, t_draft=costs.draft_step, t_target=costs.t_verify)
+        case "dyspec_threshold":
+            threshold = settings.threshold or None
+            return DySpecThresholdPolicy(nodes, depth, threshold=threshold, adaptive=settings.adaptive, table=table)
+        case "eagle2":
+            return Eagle2Policy(nodes, depth, beam=settings.beam)
+        case _:
+            return DySpecPolicy(nodes, depth, table=table, min_value=settings.min_value)
+
+
+def conditions(settings: TreeSettings, sampling: SamplingParams) -> dict[str, float | bool]:
+    """What a calibration must have been measured at to hold for a decoder."""
+    drawn = not sampling.greedy or settings.draft_temperature > 0
+    draft = settings.draft_temperature or sampling.temperature
+    return {"temperature": sampling.temperature, "draft_temperature": draft, "drawn": drawn}
 
 
 @dataclass
@@ -155,6 +230,7 @@ class TreeDecoder:
         session.nfe["draft"] = call.draft.calls
         result = session.result()
         result.notes["residual_underflow"] = call.underflow
+        result.notes["rule"] = "greedy" if self._sampling.greedy else self._settings.verification
         return result
 
     def _open(self, requests: Sequence[TokenRequest]) -> _Call:
@@ -294,7 +370,8 @@ class TreeDecoder:
 
         if params.greedy:
             return verify_tree_greedy(tree, choices)
-        return verify_tree(tree, laws, session.numbers(Stream.ACCEPT, torch.arange(tree.width).unsqueeze(0)))
+        rule = verify_traversal if self._settings.verification == "traversal" else verify_tree
+        return rule(tree, laws, session.numbers(Stream.ACCEPT, torch.arange(tree.width).unsqueeze(0)))
 
     def _shown(
         self, session: Session, tree: Tree, verdict: TreeVerdict, logits: Tensor, outcomes: "Sequence[TreeOutcome]"
@@ -380,16 +457,17 @@ def build(
     costs: CostCurve | None,
     vocab_size: int | None,
 ) -> TreeDecoder:
-    """For the registry: the draft is an engine, or any TreeDrafter. `costs` changes nothing here yet."""
+    """For the registry: the draft is an engine, or any TreeDrafter. costs: for the size of Sequoia's tree."""
     draft = parts["draft"]
+    params = sampling or SamplingParams()
     if not hasattr(draft, "start"):
-        draft = TreeModelDrafter(draft, make_policy(settings))
+        draft = TreeModelDrafter(draft, make_policy(settings, params, costs))
     elif settings.policy != AUTO:
         if not hasattr(draft, "with_policy"):
             raise InvalidValue(
                 f"a {type(draft).__name__} makes its trees itself: leave policy at 'auto', got {settings.policy!r}"
             )
-        draft = draft.with_policy(make_policy(settings))
+        draft = draft.with_policy(make_policy(settings, params, costs))
     if hasattr(draft, "bind"):  # a feature drafter reads its target's embedding, or head
         draft.bind(parts["target"])
     return TreeDecoder(
