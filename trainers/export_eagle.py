@@ -37,7 +37,8 @@ def save(head: EagleHead, dtype: torch.dtype, directory: Path, inputs: Path, tok
         arrays["float32"], said["float32"] = reference(rounded, features, embeds), "EagleHead with the stored weights"
     save_file(arrays, inputs, metadata=said)
     save_file({name: x.detach().cpu().contiguous() for name, x in stored.items()}, directory / "model.safetensors")
-    config: dict[str, Any] = {"architectures": ["EagleHead"], "dtype": served, "eagle": head.config.to_json()}
+    config: dict[str, Any] = {"architectures": ["EagleHead"], "vocab_size": head.config.vocab_size, "dtype": served}
+    config["eagle"] = head.config.to_json()
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

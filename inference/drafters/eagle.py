@@ -103,6 +103,12 @@ class EagleTreeDrafter(PolicyDrafter):
         return EagleTreeDrafter(self.net, policy, sampling=self.sampling, tokenizer=self._tokenizer)
 
     def start(self, task: TreeTask) -> "EagleTreeSession":
+        """Raises InvalidType when a decoder of chains asks, which shows a drafter no states of the target."""
+        if not isinstance(task, TreeTask):
+            raise InvalidType(
+                "an EAGLE head reads the target's states, which the tree decoder alone shows it: take decoder 'tree' "
+                "(its policy 'chain' drafts a chain)"
+            )
         return EagleTreeSession(self.net, self.policy, draft_sampling(self.sampling, task), task)
 
 

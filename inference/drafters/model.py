@@ -12,7 +12,6 @@ from torch import Tensor
 
 from draftsmith.inference.drafters.base import DraftTask, Proposal
 from draftsmith.inference.engine import Engine
-from draftsmith.inference.errors import InvalidType
 from draftsmith.inference.feeding import feed, host_tensor, require_eval
 from draftsmith.inference.rng import sample_categorical
 from draftsmith.inference.sampling import PenaltyState, SamplingParams, argmax, law
@@ -28,13 +27,8 @@ class ModelDrafter:
         """sampling: the draft's own temperature and filters; None: the target's, which is best for acceptance.
 
         Temperature 0 drafts the argmax, a deterministic draft, also for a target that samples. tokenizer: to be
-        compared with the target's. Raises InvalidType for a part that drafts trees and is no engine.
+        compared with the target's.
         """
-        if not hasattr(engine, "new_cache"):
-            raise InvalidType(
-                f"a {type(engine).__name__} is no language model: it drafts trees (or chains as trees), decode with "
-                "--decoder tree"
-            )
         self.engine = engine
         self.sampling = sampling
         self.tokenizer = tokenizer

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from draftsmith.inference.load_eagle import compared, replay_head
 from draftsmith.inference.nets.eagle_head import EagleConfig, EagleHead
 from draftsmith.modules.eagle_rollout import rollout
 
@@ -96,3 +97,14 @@ def test_gradients_reach_every_parameter_through_the_last_step() -> None:
     *_, last = rollout(head, head.embed(tokens), head.project(features), 3)
     head.logits(last).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in head.parameters())
+
+
+@pytest.mark.parametrize("version", [1, 3])
+def test_the_cached_replay_of_the_seal_is_the_training_pass(version: int) -> None:
+    head = small_head(version=version)
+    features, embeds = torch.rand(2, 11, head.config.feature_size), torch.randn(2, 12, 32)
+    found = replay_head(head, features, embeds)
+    padded = torch.cat((torch.zeros(2, 1, 32), embeds), 1)
+    with torch.no_grad():
+        outs = torch.stack([compared(head, x) for x in rollout(head, padded, head.project(features), 2)], 1)
+    torch.testing.assert_close(found, outs, rtol=1e-4, atol=1e-4)
