@@ -21,7 +21,7 @@ from torchmetrics import Metric
 from draftsmith.data.batches import TokenBatch
 from draftsmith.inference.errors import InvalidState, InvalidValue, unknown_choice
 from draftsmith.modules.export_spec import ExportSpec
-from draftsmith.modules.hf_model import DTYPES, HFModel, output_head
+from draftsmith.modules.hf_model import DTYPES, HFModel, head_rows, output_head, whole_head
 from draftsmith.modules.lm import DEFAULT_OPTIM, LM
 from draftsmith.modules.lora import LoRAConfig, inject, merged
 from draftsmith.modules.losses.chunked_head import HeadLoss, HeadStats
@@ -128,24 +128,25 @@ class EMOLM(LM):
             inject(self._built(), self.lora)
             if self.gradient_checkpointing:  # the embedding is frozen: without this nothing would ask for a gradient
                 self._built().enable_input_require_grads()
-        head = output_head(self._built())[0]
         if self.emo.costs == "adaptive":
-            size = head.numel() * 4
+            size = head_rows(self._built()) * self._built().config.hidden_size * 4
             if size > _ADAPTIVE_BYTES and not self.emo.force_adaptive:
                 raise InvalidValue(
                     f"adaptive costs copy the head in every step ({size / 1e9:.1f} GB, allowed is 1 GB): take "
                     "emo.costs head, or set emo.force_adaptive"
                 )
             return
-        if self.emo.costs != "head":
-            source = HFModel(path=self.emo.costs).build()
-            rows = output_head(source)[0]
-            if len(rows) != len(head):
-                raise InvalidValue(f"cost embedding has {len(rows)} rows, logits have {len(head)}: see emo.costs")
-            head = rows
+        if self.emo.costs == "head":
+            rows = whole_head(self._built())
+        else:
+            rows = output_head(HFModel(path=self.emo.costs).build())[0]
+            if len(rows) != head_rows(self._built()):
+                raise InvalidValue(
+                    f"cost embedding has {len(rows)} rows, logits have {head_rows(self._built())}: see emo.costs"
+                )
         dtype = DTYPES[self.emo.cost_dtype]
         self.costs = TokenCosts.of(
-            head.detach(),
+            rows.detach(),
             center=self.emo.center,
             project=self.emo.project,
             dtype=None if dtype == torch.float32 else dtype,

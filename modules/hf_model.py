@@ -6,7 +6,9 @@ Shape letters: B batch, T time, N positions, D width, V vocabulary.
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -32,6 +34,28 @@ _LOGIT_CHANGES: dict[str, float | None] = {
     "lm_head_multiplier": 1.0,
     "logits_mup_width_multiplier": 1.0,
 }
+
+
+@dataclass(frozen=True)
+class Birth:
+    """Contexts in which a strategy lets networks be built: ZeRO-3 cuts their parameters to pieces as they are made."""
+
+    trained: Callable[[], AbstractContextManager[None]] = nullcontext
+    teacher: Callable[[], AbstractContextManager[None]] = nullcontext
+    gathered: Callable[[list[nn.Parameter]], AbstractContextManager[Any]] = nullcontext  # within, these are whole
+
+
+_birth: ContextVar[Birth] = ContextVar("birth", default=Birth())  # noqa: B039  # frozen
+
+
+@contextmanager
+def born(birth: Birth) -> Iterator[None]:
+    """Within, networks that train and teachers are built in these contexts; all others are built whole."""
+    token = _birth.set(birth)
+    try:
+        yield
+    finally:
+        _birth.reset(token)
 
 
 @dataclass(frozen=True)
@@ -72,6 +96,11 @@ class HFModel:
         model.config.use_cache = False  # training never decodes with it
         return model.train()
 
+    def build_trained(self) -> "PreTrainedModel":
+        """As `build`, for a network that trains: born as the strategy wants it (`born`)."""
+        with _birth.get().trained():
+            return self.build()
+
     def _from_sizes(self, arch: Mapping[str, Any]) -> "PreTrainedModel":
         from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -105,13 +134,14 @@ class HFModel:
         if not here.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
             raise InvalidValue(f"no model directory {path!r}")
         try:
-            return AutoModelForCausalLM.from_pretrained(
-                str(here) if here.is_dir() else path,
-                revision=self.revision or "main",
-                dtype=DTYPES[self.dtype],
-                use_safetensors=True,
-                trust_remote_code=False,
-            )
+            with torch.random.fork_rng():  # born in pieces it is initialised first: loading shall draw nothing
+                return AutoModelForCausalLM.from_pretrained(
+                    str(here) if here.is_dir() else path,
+                    revision=self.revision or "main",
+                    dtype=DTYPES[self.dtype],
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                )
         except (OSError, ValueError, KeyError) as e:
             if here.is_dir():
                 raise InvalidValue(f"cannot load a causal language model from {path!r}: {_first_line(e)}") from e
@@ -151,6 +181,13 @@ def head_rows(model: "PreTrainedModel") -> int:
     return rows
 
 
+def whole_head(model: "PreTrainedModel") -> Tensor:
+    """A copy [V, D] of the head's weight as it was born; to be called in `configure_model`, by all ranks."""
+    weight, _ = output_head(model)
+    with _birth.get().gathered([weight]):  # type: ignore[list-item]  # a parameter
+        return weight.detach().clone()
+
+
 def last_hidden(
     model: "PreTrainedModel",
     ids: Tensor,  # int64 [B, T]
@@ -180,11 +217,13 @@ class FrozenTeacher:
             raise InvalidState("the target requires gradients: freeze it with requires_grad_(False) first")
         refuse_changed_logits(model)
         self.model = model
+        self.parts: Any | None = None  # what gathers its layers, where a strategy has cut it to pieces
 
     @classmethod
     def load(cls, spec: HFModel) -> Self:
-        """Build and freeze. Raises as `HFModel.build`."""
-        return cls(spec.build().eval().requires_grad_(False))
+        """Build and freeze, as the strategy wants it (`born`). Raises as `HFModel.build`."""
+        with _birth.get().teacher():
+            return cls(spec.build().eval().requires_grad_(False))
 
     def to(self, device: torch.device | str) -> Self:
         """Move it (in place)."""

@@ -111,7 +111,7 @@ class LM(pl.LightningModule):
         """Build the network (once), inside the strategy's context so that sharding strategies shard at birth."""
         if self.net is not None:
             return
-        self.net = self.spec.build()
+        self.net = self.spec.build_trained()
         if self.gradient_checkpointing:
             name = "activation_checkpointing_enable"  # before transformers 5.2x: gradient_checkpointing_enable
             getattr(self.net, name, self.net.gradient_checkpointing_enable)()

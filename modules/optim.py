@@ -67,12 +67,17 @@ def lr_factor(step: int, config: OptimConfig, total_steps: float) -> float:
     return config.final_lr_ratio + (1.0 - config.final_lr_ratio) * cosine
 
 
+def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Its shape over all ranks: ZeRO-3 leaves an empty tensor between steps."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
     """Two AdamW groups of the trainable parameters: matrices and embeddings decay; vectors (norms, biases) do not."""
     trained = [p for _, p in parameters if p.requires_grad]
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if len(full_shape(p)) >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if len(full_shape(p)) < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 

@@ -168,7 +168,7 @@ class OSDDrafter(pl.LightningModule):
         if len(self.nets):
             return
         for spec in self.specs.values():
-            net = spec.build()
+            net = spec.build_trained()
             if self.gradient_checkpointing:
                 net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             self.nets.append(net)

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 import yaml
 
+from draftsmith.trainers.strategies import full_size
 from tests.tiny_run import finish, start
 
 
@@ -123,3 +124,27 @@ class StateBytes(pl.Callback):
                     seen.add(storage.data_ptr())
                     sizes[name] += storage.nbytes()
         self.path.with_suffix(f".{trainer.global_rank}.json").write_text(json.dumps(sizes))
+
+
+class Births(pl.Callback):
+    """Writes how many elements of its networks this rank holds right after they were built, and how many there are."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def setup(self, trainer: pl.Trainer, module: Any, stage: str) -> None:
+        build = module.configure_model
+
+        def observed() -> None:
+            build()
+            found = {"trained": module}
+            if getattr(module, "teacher", None) is not None:
+                found["teacher"] = module.teacher.model
+            counts = {
+                name: [sum(p.numel() for p in net.parameters()), sum(full_size(p) for p in net.parameters())]
+                for name, net in found.items()
+            }
+            self.path.with_suffix(f".{trainer.global_rank}.json").write_text(json.dumps(counts))
+            module.configure_model = build
+
+        module.configure_model = observed

@@ -13,7 +13,8 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +30,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from draftsmith.inference.errors import InvalidState, InvalidValue, MissingExtra, unknown_choice
+from draftsmith.modules.hf_model import Birth, FrozenTeacher, born
+from draftsmith.modules.optim import full_shape
 from draftsmith.trainers import shards, shipped
 
 ZERO = ("zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
@@ -60,15 +63,30 @@ class Float32Inputs(DeepSpeedPrecision):
         return data
 
 
+@dataclass(eq=False)
+class _Zero3:
+    """Tells transformers that parameters come in pieces, so that it fills those. Its own class wants accelerate."""
+
+    config: dict[str, Any]
+
+    def is_zero3(self) -> bool:
+        return True
+
+
 class ZeRO(DeepSpeedStrategy):
     """DeepSpeed's ZeRO on GPUs (NCCL) and, the same code, on CPUs (gloo)."""
 
-    def __init__(self, config: str = "deepspeed/zero2", timeout_minutes: float = 30.0) -> None:
+    def __init__(
+        self, config: str = "deepspeed/zero2", timeout_minutes: float = 30.0, partition_teacher: bool = False
+    ) -> None:
         """Args:
         config: a shipped DeepSpeed config, or the path of a JSON file.
         timeout_minutes: how long a rank waits for the others in one collective call.
+        partition_teacher: under ZeRO-3, share the frozen teacher's body among the ranks too (its head stays whole on
+            each), for one that does not fit; every step then gathers it layer by layer.
 
-        Raises MissingExtra without deepspeed, InvalidValue for a config that cannot be read or sets what is ours.
+        Raises MissingExtra without deepspeed, InvalidValue for a config that cannot be read or sets what is ours, and
+        for partition_teacher below stage 3.
         """
         need_deepspeed("a ZeRO strategy")
         settings = read_config(config)
@@ -76,6 +94,11 @@ class ZeRO(DeepSpeedStrategy):
             os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported, which the next line does
         super().__init__(config=settings, timeout=timedelta(minutes=timeout_minutes))
         self.elastic = False  # whether a checkpoint of another number of ranks may be taken
+        self.partition_teacher = partition_teacher
+        if partition_teacher and self.stage < 3:
+            raise InvalidValue(
+                f"partition_teacher needs ZeRO-3, and {config} is stage {self.stage}: take deepspeed/zero3"
+            )
 
     @property
     def precision_plugin(self) -> Precision:
@@ -125,12 +148,51 @@ class ZeRO(DeepSpeedStrategy):
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """Every rank builds the whole network, equal by the seed, and DeepSpeed shards it right after.
-
-        Inside `zero.Init` transformers would initialise, and load, parameters that are already cut to pieces.
-        """
+        """Under ZeRO-3 networks that train are cut to pieces as they are built: no rank ever holds one whole."""
         self._init_config_if_needed()
-        yield
+        if self.stage < 3:
+            yield
+            return
+        import deepspeed
+
+        teacher = self._sharded_birth if self.partition_teacher else nullcontext
+        gathered = deepspeed.zero.GatheredParameters
+        with born(Birth(trained=self._sharded_birth, teacher=teacher, gathered=gathered)):
+            yield
+
+    @contextmanager
+    def _sharded_birth(self) -> Iterator[None]:
+        """Random weights come out as in a network that is built whole; weights of a directory are read piece by piece.
+
+        transformers initialises a network after it was built, when its parameters are cut already. Its own way around
+        that draws other numbers, on rank 0 alone, so that no run under ZeRO-3 would start as one process does.
+        """
+        import deepspeed
+        from transformers import PreTrainedModel
+        from transformers.integrations import deepspeed as hf_deepspeed
+        from transformers.modeling_utils import set_zero3_state
+
+        initialise = PreTrainedModel._initialize_weights
+
+        def whole(model: PreTrainedModel, module: nn.Module, *rest: Any) -> None:
+            parts = [module, *module.children()]  # some look into their children
+            own = [p for part in parts for p in part.parameters(recurse=False)]
+            with deepspeed.zero.GatheredParameters(own, modifier_rank=0):
+                initialise(model, module, *rest)
+
+        told = _Zero3(cast(dict[str, Any], self.config))  # transformers keeps a weak reference, so this name keeps it
+        hf_deepspeed.set_hf_deepspeed_config(told)
+        PreTrainedModel._initialize_weights = whole
+        try:
+            with (
+                hf_deepspeed.prevent_arange_dtype_change(),
+                deepspeed.zero.Init(config_dict_or_path=self.config),
+                set_zero3_state(),  # our `zero.Init` is the one
+            ):
+                yield
+        finally:
+            PreTrainedModel._initialize_weights = initialise
+            hf_deepspeed.unset_hf_deepspeed_config()
 
     def setup(self, trainer: pl.Trainer) -> None:
         drafts = getattr(trainer.lightning_module, "draft_keys", ())
@@ -148,6 +210,8 @@ class ZeRO(DeepSpeedStrategy):
         super().setup(trainer)
         if self.stage == 3:
             self._share_heads(trainer.lightning_module)
+        if self.partition_teacher:
+            self._serve_pieces(trainer)
 
     def _share_heads(self, module: nn.Module) -> None:
         """The chunked head reads the head's weight outside of the head's own forward: gather it for the whole step."""
@@ -158,6 +222,32 @@ class ZeRO(DeepSpeedStrategy):
             head = None if find_head is None else find_head()
             for parameter in head.parameters() if isinstance(head, nn.Module) else ():
                 deepspeed.zero.register_external_parameter(module, parameter)
+
+    def _serve_pieces(self, trainer: pl.Trainer) -> None:
+        """Let the teacher's body gather its layers as it runs; the head, which the losses read, becomes whole again."""
+        import deepspeed
+
+        module = trainer.lightning_module
+        teacher: FrozenTeacher | None = getattr(module, "teacher", None)
+        if teacher is None:
+            raise InvalidValue(f"partition_teacher is set, and {type(module).__name__} has no teacher: remove it")
+        from draftsmith.trainers.callbacks.acceptance import AcceptanceEval  # which imports this file
+
+        if any(isinstance(callback, AcceptanceEval) for callback in trainer.callbacks):
+            raise InvalidValue(
+                "AcceptanceEval decodes with the teacher, on each rank as long as its prompts take, which a teacher in "
+                "pieces cannot: remove the callback, or set partition_teacher to false"
+            )
+        head = teacher.model.get_output_embeddings()
+        for name, parameter in list(head.named_parameters()):
+            with deepspeed.zero.GatheredParameters([parameter]):
+                value = parameter.detach().clone()
+            setattr(head, name, nn.Parameter(value, requires_grad=False))  # tied embeddings stay in pieces
+        keys = ("train_micro_batch_size_per_gpu", "zero_optimization", "bf16", "fp16")
+        config = {key: value for key, value in cast(dict[str, Any], self.config).items() if key in keys}
+        teacher.parts, *_ = deepspeed.initialize(
+            model=teacher.model.base_model, config=config, dist_init_required=False
+        )
 
     # --- checkpoints (trainers/shards.py says what is in one)
 
@@ -291,11 +381,6 @@ def roll_back(trainer: pl.Trainer, net: nn.Module, weights: Mapping[str, Tensor]
     net.load_state_dict(weights)
     for parameter in net.parameters():
         trainer.optimizers[0].state.pop(parameter, None)
-
-
-def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Its shape over all ranks: ZeRO-3 leaves an empty tensor between steps."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def full_size(parameter: nn.Parameter) -> int:

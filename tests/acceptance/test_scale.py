@@ -126,6 +126,39 @@ def osd_one(place: Path) -> str:
     return "osd-one"
 
 
+def in_pieces(place: Path, ranks: int) -> list[str]:
+    """Arguments for ZeRO-3 with the teacher in pieces too."""
+    words = zero(place, 3, ranks, BATCH)
+    config = yaml.safe_load(Path(words[1]).read_text())
+    config["trainer"]["strategy"]["init_args"]["partition_teacher"] = True
+    path = place / "pieces.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return ["-c", str(path), *words[2:]]
+
+
+def test_draft_and_teacher_are_born_in_pieces(place: Path, osd_one: str) -> None:
+    """Both are read from their directories without any rank holding them whole, and learn as one process does."""
+    name = "osd-pieces"
+    births = {"class_path": "tests.zero_runs.Births", "init_args": {"path": str(place / "births")}}
+    words = [*in_pieces(place, 2), *watch(place, name, [births]), "--checkpoint.monitor", "val/alpha"]
+    finish(start(place, "fit", "-c", "osd.yaml", *words, "--run", name))
+    held = [json.loads((place / f"births.{rank}.json").read_text()) for rank in range(2)]
+    difference = worst(curve(place, osd_one), curve(place, name))
+    what = "osd offline, zero3 with partition_teacher, 2 ranks"
+    figures = {
+        f"{what}: elements of draft and teacher held whole after building": {
+            "value": max(rank[net][0] for rank in held for net in ("trained", "teacher")),
+            "need": "0",
+        },
+        f"{what}: largest relative difference of the loss over {STEPS} steps": {"value": difference, "need": "<= 1e-4"},
+    }
+    record("scale", figures, seeds=[3], files=FILES)
+    assert all(rank[net][0] == 0 < rank[net][1] for rank in held for net in ("trained", "teacher"))
+    assert difference <= 1e-4
+    _, err = finish(start(place, "fit", "-c", "osd.yaml", *in_pieces(place, 2), "--run", "refused"), code=2)
+    assert "AcceptanceEval decodes with the teacher" in err
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_osd_offline_on_two_ranks_learns_as_one_process_does(place: Path, osd_one: str, stage: int) -> None:
     name = f"osd-zero{stage}"

@@ -131,7 +131,11 @@ def test_zero3_on_two_ranks_resumes_exactly_and_goes_on_alone(place: Path) -> No
     """Stopped at step 6; on two ranks again it ends to the bit as if never stopped, on one it sees the same samples."""
     words = ["--checkpoint.every_n_steps", "6", "--checkpoint.keep", "9"]
     two, one = zero(place, 3, 2, 4), zero(place, 3, 1, 4)
-    fit(place, "whole", *two, *watch(place, "whole"), *words)
+    births = {"class_path": "tests.zero_runs.Births", "init_args": {"path": str(place / "births")}}
+    fit(place, "whole", *two, *watch(place, "whole", [births]), *words)
+    for rank in range(2):  # no rank held the network whole
+        held, parameters = json.loads((place / f"births.{rank}.json").read_text())["trained"]
+        assert held == 0 < parameters
     whole = place / "runs" / "whole"
     last = runs.newest_checkpoint(whole)
     assert last is not None and last.is_dir() and runs.step_of(last) == STEPS
