@@ -420,7 +420,7 @@ class _Counts:
         assert session.penalties is not None
         self._committed = session.penalties.counts()  # the root is committed
         self._tokens = tree.tokens
-        self._above = tree.ancestors()
+        self._above = tree.ancestors().clone()  # a tree without nodes shares its entries
         self._above[..., 0] = False
 
     def at(self, rows: Tensor, node: Tensor) -> TokenCounts:
