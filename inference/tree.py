@@ -37,6 +37,7 @@ class Tree:
     law_row: Tensor | None = None  # int64 [B, N]: row of `law` at each node, NO_LAW where no child was sampled
     replacement: bool = False  # siblings were drawn independently of each other and may be equal
     fanout: tuple[int, ...] | None = None  # most children of a node at each depth 0..height-1, known to the host
+    share: Tensor | None = None  # float64 [B, N]: draft probability of each node when it was drawn or picked (R[y])
 
     @staticmethod
     def bare(roots: Tensor) -> "Tree":

@@ -33,10 +33,13 @@ class Children:
 
 
 def draw_children(law: Tensor, u: Tensor, *, taken: Tensor | None = None, replacement: bool = False) -> Children:
-    """Sample k children of each node. law: [n, V]; u: float64 [n, k, 2]; taken: int64 [n, t] drawn before (repeats)."""
+    """Sample k children of each node, one after the other.
+
+    Args: law: [n, V]; u: float64 [n, k, 2]; taken: int64 [n, t] children drawn before, filled up with V.
+    """
     n, vocab = law.shape
     k = u.shape[1]
-    work = torch.nn.functional.pad(law, (0, -vocab % _BLOCK))
+    work = torch.nn.functional.pad(law, (0, _BLOCK - vocab % _BLOCK))  # at least one entry more than V
     if taken is not None:
         work.scatter_(1, taken, 0.0)
     work = work.view(n, -1, _BLOCK)

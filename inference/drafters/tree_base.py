@@ -84,7 +84,11 @@ class TreePolicy(Protocol):
 
 @dataclass(frozen=True)
 class Accepted:
-    """What one round came to: the tree drafter's view of a commit."""
+    """What one round came to: the tree drafter's view of a commit.
+
+    A drafter with `aux_layers` also sees the prefill as one, before the first `propose`: the features of the prompt
+    without its last token (none for a prompt of one token), with kept 0 in every row.
+    """
 
     lengths: Sequence[int]  # [B] committed tokens now
     path: Tensor  # int64 [B, P]: nodes of the round's tree that stayed, root first, in order; filled up with any nodes

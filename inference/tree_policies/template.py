@@ -14,7 +14,7 @@ from torch import Tensor
 from draftsmith.inference.drafters.tree_base import LawSource, TreePolicy, Uniforms
 from draftsmith.inference.feeding import host_tensor
 from draftsmith.inference.tree import NO_LAW, Tree
-from draftsmith.inference.tree_drawing import NUMBERS, ROOT_SLOT, draw_children, pick_children, slot
+from draftsmith.inference.tree_drawing import NUMBERS, ROOT_SLOT, Children, draw_children, pick_children, slot
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ class TemplatePolicy(TreePolicy):
         if not plan.levels:
             return Tree.bare(roots)
         tokens = [roots.unsqueeze(1)]
+        share = [torch.ones(batch, 1, dtype=torch.float64, device=device)]
         laws: list[Tensor] = []
         for level in plan.levels:
             if not laws:
@@ -95,7 +96,9 @@ class TemplatePolicy(TreePolicy):
                 law = source.expand(tokens[-1][:, at], level.parent.to(device).expand(batch, -1))
             laws.append(law)
             children = self._children(law, level, u)
-            tokens.append(children[:, level.pick.to(device)])
+            pick = level.pick.to(device)
+            tokens.append(children.tokens.view(batch, -1)[:, pick])
+            share.append(children.share.view(batch, -1)[:, pick])
         shape = plan.shape
         return Tree(
             torch.cat(tokens, 1),
@@ -107,16 +110,15 @@ class TemplatePolicy(TreePolicy):
             None if u is None else host_tensor([plan.law_row], device).expand(batch, -1),
             replacement=self.replacement and u is not None,
             fanout=plan.fanout,
+            share=torch.cat(share, 1),
         )
 
-    def _children(self, law: Tensor, level: "_Level", u: Uniforms | None) -> Tensor:
-        """Tokens [B, w * k] of the children of a level's inner nodes. law: [B, w, V]."""
+    def _children(self, law: Tensor, level: "_Level", u: Uniforms | None) -> Children:
+        """Children of a level's inner nodes, [B * w, k]. law: [B, w, V]."""
         flat = law.flatten(0, 1)
         if u is None:
-            found = pick_children(flat, level.most)
-        else:
-            found = draw_children(flat, u(level.numbers).flatten(0, 1), replacement=self.replacement)
-        return found.tokens.view(law.shape[0], -1)
+            return pick_children(flat, level.most)
+        return draw_children(flat, u(level.numbers).flatten(0, 1), replacement=self.replacement)
 
     def _plan(self, nodes: int, depth: int) -> "_Plan":
         if (nodes, depth) not in self._cuts:
