@@ -322,10 +322,11 @@ def test_lightning_and_our_callbacks_cost_at_most_8_percent(place: Path) -> None
     """A bare step on a twin of the module follows every step of the run, on the same batch; medians of 200."""
     callback = {"class_path": "tests.bare_loop.Beside", "init_args": {"path": str(place / "beside.json")}}
     (place / "beside.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
-    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 7, "num_attention_heads": 4}
     words = large(place, **sizes, num_key_value_heads=4)
     more = ["--trainer.max_steps", "220", "--trainer.gradient_clip_val", "1.0", "--trainer.limit_val_batches", "0"]
-    fit(place, "beside", "-c", "beside.yaml", *words, *more, *ranks_of(1, 8), "--checkpoint.every_n_steps", "1000")
+    more += ["--trainer.log_every_n_steps", "10", "--checkpoint.every_n_steps", "1000"]  # as the shipped configs
+    fit(place, "beside", "-c", "beside.yaml", *words, *more, *ranks_of(1, 8))
     seconds = json.loads((place / "beside.json").read_text())
     bare, whole = (statistics.median(seconds[kind][-200:]) for kind in ("bare", "lightning"))
     figures = {

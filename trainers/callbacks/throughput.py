@@ -42,6 +42,8 @@ class Throughput(Callback):
         if self._began is not None:
             ids = getattr(batch, "ids", None)
             self.steps.append((now - self._began, ids.numel() * trainer.world_size if isinstance(ids, Tensor) else 0))
+        self._began = now
+        if self.steps and trainer.global_step % trainer.log_every_n_steps == 0:  # each `log` takes a share of a ms
             seconds, tokens = (sum(column) for column in zip(*self.steps, strict=True))
             rates = {"perf/steps_per_s": len(self.steps) / seconds}
             if tokens:
@@ -49,7 +51,6 @@ class Throughput(Callback):
             if tokens and self.peak:
                 rates["perf/mfu"] = self.flops_per_token * tokens / seconds / (self.peak * trainer.world_size)
             pl_module.log_dict(rates, batch_size=1)
-        self._began = now
 
     def on_validation_start(self, *args: Any) -> None:
         self._began = None  # the step around it is not counted
