@@ -58,6 +58,13 @@ KINDS: dict[str, Kind] = {
             ("vocab_size", "target", "aux_layers"),
             "draftsmith.inference.load_eagle:load_eagle",
         ),
+        Kind(
+            "ngram-table",
+            "counts of a corpus: a tri-gram table (decoders aded, tree) or a retrieval store (decoder tree)",
+            ("draft",),
+            ("vocab_size",),
+            "draftsmith.inference.load_ngram:load_ngram",
+        ),
     )
 }
 

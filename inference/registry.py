@@ -28,6 +28,7 @@ class DecoderEntry:
     settings: str  # dotted path of a frozen dataclass
     build: str  # dotted path of a function: see `build` below
     lossy_settings: tuple[str, ...] = ()  # settings that give losslessness up when they are not at their default
+    optional: tuple[str, ...] = ()  # roles of parts that it takes where they are given
 
     def settings_type(self) -> type[Any]:
         """The settings' dataclass; every field carries its help text in `metadata["help"]`."""
@@ -101,6 +102,15 @@ _ENTRIES = (
         settings=f"{_DECODERS}.tree.TreeSettings",
         build=f"{_DECODERS}.tree.build",
     ),
+    DecoderEntry(
+        name="aded",
+        summary="a tri-gram table drafts trees and learns from what the target says; no second model",
+        lossless=True,
+        needs=("target",),
+        settings=f"{_DECODERS}.aded.AdedSettings",
+        build=f"{_DECODERS}.aded.build",
+        optional=("draft",),
+    ),
 )
 
 _TABLE = {entry.name: entry for entry in _ENTRIES}
@@ -166,7 +176,7 @@ def build(
                 f"decoder {name!r} needs a part in the role {role!r} (it takes {', '.join(entry.needs)})"
             )
     for role in parts:
-        if role not in entry.needs:
+        if role not in (*entry.needs, *entry.optional):
             raise InvalidValue(
                 f"decoder {name!r} takes no part in the role {role!r} (it takes {', '.join(entry.needs)})"
             )

@@ -97,7 +97,7 @@ def main(argv: list[str]) -> int:
     entry = registry.get(given.decoder or ("speculative" if given.draft else "autoregressive"))
     if "draft" in entry.needs and not given.draft:
         raise InvalidValue(f"decoder {entry.name!r} needs a draft: add --draft DIR")
-    if given.draft and "draft" not in entry.needs:
+    if given.draft and "draft" not in (*entry.needs, *entry.optional):
         raise InvalidValue(f"decoder {entry.name!r} takes no draft: leave --draft out, or choose another --decoder")
     if given.batch < 1:
         raise InvalidValue(f"--batch must be at least 1, got {given.batch}")

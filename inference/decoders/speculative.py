@@ -100,7 +100,7 @@ class _Call:
     lengths: dict[int, RowLength]  # by request
     rounds: int = 0
     undrafted: int = 0  # rounds since the drafter was asked last: it then has more to catch up on
-    rule: str = "none (nothing was drafted)"  # what the drafts were really verified by
+    rules: set[str] = field(default_factory=set)  # what the drafts were really verified by
 
 
 class SpeculativeDecoder:
@@ -161,7 +161,7 @@ class SpeculativeDecoder:
             self.lengths.close(list(call.lengths.values()))
         session.nfe["draft"] = call.draft.calls
         result = session.result()
-        result.notes["rule"] = call.rule
+        result.notes["rule"] = "; ".join(sorted(call.rules)) or "none (nothing was drafted)"
         return result
 
     def _open(self, requests: Sequence[TokenRequest]) -> _Call:
@@ -221,8 +221,8 @@ class SpeculativeDecoder:
             g = proposal.tokens.shape[1]
             n = self._offered(want, g) if proposal.n is None else proposal.n
             logits = session.target_logits(proposal.tokens)
-            call.rule = rule_used(
-                self._settings.verification, greedy=self._sampling.greedy, law=proposal.law is not None
+            call.rules.add(
+                rule_used(self._settings.verification, greedy=self._sampling.greedy, law=proposal.law is not None)
             )
             verdict, p = self._verify(session, proposal, logits, n, u_accept, u_next)
             outcomes = self._outcomes(_read(verdict, n, proposal.tokens), live)

@@ -52,7 +52,7 @@ class PromptLookupSession:
     def propose(
         self, tokens: Sequence[Sequence[int]], want: Sequence[int], u: Tensor | None, penalties: PenaltyState | None
     ) -> Proposal | None:
-        drafts = [self._find(b, t, n) if n else [] for b, (t, n) in enumerate(zip(tokens, want, strict=True))]
+        drafts = [self.find(b, t, n) if n else [] for b, (t, n) in enumerate(zip(tokens, want, strict=True))]
         g = max(len(d) for d in drafts)
         if g == 0:
             return None
@@ -60,7 +60,7 @@ class PromptLookupSession:
         both = host_tensor([[len(d), *row] for d, row in zip(drafts, padded, strict=True)], self._task.device)
         return Proposal(both[:, 1:], both[:, 0], None)
 
-    def _find(self, row: int, tokens: Sequence[int], want: int) -> list[int]:
+    def find(self, row: int, tokens: Sequence[int], want: int) -> list[int]:
         """Up to `want` tokens to follow `tokens`; the longest n-gram that occurred before decides."""
         after = self._after[row]
         for end in range(max(1, self._indexed[row]), len(tokens)):  # a continuation starts at `end`

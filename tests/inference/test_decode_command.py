@@ -159,7 +159,7 @@ class TestText:
 class TestRefused:
     def test_unknown_decoder(self, target: Path, capsys: pytest.CaptureFixture[str]) -> None:
         said = fails(capsys, target, "--prompt", "x", "--decoder", "speculativ")
-        assert "unknown decoder 'speculativ': choose one of autoregressive, prompt_lookup, speculative" in said
+        assert "unknown decoder 'speculativ': choose one of aded, autoregressive, prompt_lookup, speculative" in said
         assert "did you mean 'speculative'?" in said
 
     def test_a_draft_with_another_tokenizer(

@@ -45,7 +45,7 @@ SAMPLING = {
     ),
 }
 GREEDY = SamplingParams()
-COUNTED = ("suffix", "suffix_tree", "suffix_hybrid")  # drafts from counts, made on the host row by row
+COUNTED = ("suffix", "suffix_tree", "suffix_hybrid", "aded")  # drafts from counts, made on the host row by row
 
 
 @pytest.fixture(autouse=True)

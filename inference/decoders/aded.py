@@ -1,0 +1,184 @@
+"""ADED: token trees out of a tri-gram table that learns from the target while it decodes.
+
+"Adaptive Draft-Verification for Efficient Large Language Model Decoding" (AAAI 2025). The tree decoder verifies the
+trees (deterministic rule: the law is the target's whatever the table holds); here the table is updated at committed
+positions with the likeliest tokens of the target's law BEFORE temperature, so that one table serves all temperatures.
+"""
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from draftsmith.inference.costs import CostCurve
+from draftsmith.inference.decoders.session import drain
+from draftsmith.inference.decoders.tree import TreeDecoder, TreeSettings
+from draftsmith.inference.drafters.ngram import SEARCHES, NgramDrafter
+from draftsmith.inference.engine import Engine
+from draftsmith.inference.errors import InvalidType, InvalidValue, unknown_choice
+from draftsmith.inference.ngram_table import AdaptiveTable, K, NgramTable, empty_table
+from draftsmith.inference.requests import Commit, DecodeResult, Recorder, RoundView, TokenRequest
+from draftsmith.inference.sampling import SamplingParams
+
+ADAPT = ("process", "call", "never")
+
+
+@dataclass(frozen=True)
+class AdedSettings:
+    """Settings of ADED."""
+
+    search: str = field(
+        default="heap",
+        metadata={
+            "help": "how trees grow. heap: the likeliest paths, exact. mcts: walks that also favour what was rarely "
+            "visited. path: one chain",
+            "choices": SEARCHES,
+        },
+    )
+    nodes: int = field(default=32, metadata={"help": "most drafted nodes of a tree"})
+    depth: int = field(default=6, metadata={"help": "most levels of a tree below its root"})
+    iterations: int = field(default=150, metadata={"help": "search mcts: walks per tree"})
+    explore_c1: float = field(default=1.0, metadata={"help": "search mcts: weight of exploration"})
+    explore_c2: float = field(default=100.0, metadata={"help": "search mcts: visits after which exploration grows"})
+    adapt: str = field(
+        default="process",
+        metadata={
+            "help": "how long the table remembers what the target said. process: as long as the decoder; requests then "
+            "share it. call: one decode call. never: the table as it was built",
+            "choices": ADAPT,
+        },
+    )
+    eta: float = field(default=0.5, metadata={"help": "rate of an update, above 0 to 1"})
+    capacity: int = field(default=2_000_000, metadata={"help": "most keys that are learned; the oldest go first"})
+    top: int = field(default=K, metadata={"help": "entries of a key where no table is given (K)"})
+    lookup_length: int = field(
+        default=0, metadata={"help": "tokens copied from the row's own text and merged into the tree; 0: none"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.adapt not in ADAPT:
+            raise unknown_choice("adapt", self.adapt, ADAPT)
+        for name in ("nodes", "depth", "top"):
+            if getattr(self, name) < 1:
+                raise InvalidValue(f"{name} must be at least 1, got {getattr(self, name)}")
+        self.drafter(AdaptiveTable(empty_table(1), self.eta, self.capacity), None)
+
+    def drafter(self, table: AdaptiveTable, pad: int | None) -> NgramDrafter:
+        """Raises InvalidValue for values out of their range."""
+        return NgramDrafter(
+            table,
+            search=self.search,
+            iterations=self.iterations,
+            explore=(self.explore_c1, self.explore_c2),
+            lookup_length=self.lookup_length,
+            pad=pad,
+        )
+
+
+class AdedDecoder:
+    """The tree decoder with a table that follows the target."""
+
+    def __init__(
+        self,
+        target: Engine,
+        table: NgramTable | None = None,
+        *,
+        sampling: SamplingParams | None = None,
+        settings: AdedSettings | None = None,
+        seed: int = 0,
+        tokenizer: Any | None = None,
+        recorder: Recorder | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
+        """table: None begins with an empty one. Raises InvalidValue for an empty table that may not learn."""
+        settings = settings or AdedSettings()
+        if table is None:
+            table = empty_table(vocab_size or target.spec.vocab_size, settings.top)
+        self.table = AdaptiveTable(table, settings.eta, settings.capacity)
+        self._settings = settings
+        self._recorder = recorder
+        self._drafter = settings.drafter(self.table, getattr(tokenizer, "bos_token_id", None))
+        self._inner = TreeDecoder(
+            target,
+            self._drafter,
+            sampling=sampling,
+            settings=TreeSettings(nodes=settings.nodes, depth=settings.depth),
+            seed=seed,
+            tokenizer=tokenizer,
+            recorder=recorder if settings.adapt == "never" else self._learn,
+            vocab_size=vocab_size,
+        )
+
+    def decode(self, requests: Sequence[TokenRequest]) -> DecodeResult:
+        """Decode all requests as one batch."""
+        return drain(self.stream(requests))
+
+    def stream(self, requests: Sequence[TokenRequest]) -> Generator[Commit, None, DecodeResult]:
+        """Yields what every round commits to each row; the generator's return value is the DecodeResult."""
+        if self._settings.adapt == "call":
+            self.table.forget()
+        before = self.table.updates
+        result = yield from self._inner.stream(requests)
+        s = self._settings
+        result.notes["aded"] = {
+            "search": s.search,
+            "nodes": s.nodes,
+            "depth": s.depth,
+            "adapt": s.adapt,
+            "eta": s.eta,
+            "k": self.table.base.k,
+            "table_keys": len(self.table.base),
+            "learned_keys": self.table.learned,
+            "updates": self.table.updates - before,
+            **({"iterations": s.iterations, "c1": s.explore_c1, "c2": s.explore_c2} if s.search == "mcts" else {}),
+        }
+        return result
+
+    def _learn(self, view: RoundView) -> None:
+        """Update the keys of the positions that the round committed."""
+        k = min(self.table.base.k, view.target_logits.shape[-1])
+        g = max(view.accepted)
+        p = view.target_logits[:, : g + 1].float().softmax(-1).topk(k, -1)
+        probs, tokens = p.values.tolist(), p.indices.tolist()
+        drafted = view.drafted[:, :g].tolist()
+        for b, context in enumerate(view.context):
+            text = [*context[-2:], *drafted[b][: view.accepted[b]]]
+            first = len(text) - view.accepted[b]  # tokens before the first position
+            for j in range(view.accepted[b] + 1):
+                if first + j >= 2:
+                    self.table.update(text[first + j - 2], text[first + j - 1], tokens[b][j], probs[b][j])
+        if self._recorder is not None:
+            self._recorder(view)
+
+
+def build(
+    parts: Mapping[str, Any],
+    *,
+    sampling: SamplingParams | None,
+    settings: AdedSettings,
+    seed: int,
+    tokenizer: Any | None,
+    recorder: Recorder | None,
+    costs: CostCurve | None,
+    vocab_size: int | None,
+) -> AdedDecoder:
+    """For the registry: the draft, where there is one, is an `NgramTable` or a drafter over one."""
+    table = parts.get("draft")
+    if isinstance(table, NgramDrafter):
+        table = table.table
+    if isinstance(table, AdaptiveTable):
+        table = table.base
+    if table is not None and not isinstance(table, NgramTable):
+        raise InvalidType(
+            f"decoder 'aded' drafts from an n-gram table, got a {type(table).__name__}: build one with 'draftsmith "
+            "ngram', or use decoder 'tree' with this draft"
+        )
+    return AdedDecoder(
+        parts["target"],
+        table,
+        sampling=sampling,
+        settings=settings,
+        seed=seed,
+        tokenizer=tokenizer,
+        recorder=recorder,
+        vocab_size=vocab_size,
+    )
