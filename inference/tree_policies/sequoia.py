@@ -76,7 +76,7 @@ def best_trees(p: Sequence[float], size: int, depth: int) -> BestTrees:
         alone[1] = 1.0
         for b in range(1, width + 1):
             below = value[level - 1][rest.clamp_min(0)].masked_fill(rest < 1, none)
-            gain = (p[b] * below).nan_to_num(nan=none)  # 0 * -inf
+            gain = torch.where(below.isfinite(), p[b] * below, none)  # 0 * -inf would be NaN
             alone, left[level, b] = (alone + gain).max(1)
             better = alone > value[level]
             value[level] = torch.where(better, alone, value[level])
