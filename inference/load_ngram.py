@@ -113,10 +113,8 @@ def read_ngram(directory: Path) -> NgramTable | RestStore:
             )
         if config.get("net") == STORE:
             header = checkpoint.read_header(file)
-            shown = {"text": np.dtype(np.int32), "suffixes": np.dtype(np.int64)}
-            text, suffixes = (
-                np.memmap(file, kind, "r", header[name].start, header[name].shape) for name, kind in shown.items()
-            )
+            text = np.memmap(file, np.int32, "r", header["text"].start, header["text"].shape)
+            suffixes = np.memmap(file, np.int64, "r", header["suffixes"].start, header["suffixes"].shape)
             return RestStore(config["vocab_size"], text, suffixes, config["span"])
     except KeyError as error:
         raise InvalidValue(f"{directory}: {error} is missing: the export is damaged, build it again") from None

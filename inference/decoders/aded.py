@@ -1,13 +1,16 @@
 """ADED: token trees out of a tri-gram table that learns from the target while it decodes.
 
 "Adaptive Draft-Verification for Efficient Large Language Model Decoding" (AAAI 2025). The tree decoder verifies the
-trees (deterministic rule: the law is the target's whatever the table holds); here the table is updated at committed
-positions with the likeliest tokens of the target's law BEFORE temperature, so that one table serves all temperatures.
+trees (deterministic rule: the law is the target's whatever the table holds); here the table is updated with the
+likeliest tokens of the target's law BEFORE temperature, so that one table serves all temperatures.
 """
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from draftsmith.inference.costs import CostCurve
 from draftsmith.inference.decoders.session import drain
@@ -16,10 +19,13 @@ from draftsmith.inference.drafters.ngram import SEARCHES, NgramDrafter
 from draftsmith.inference.engine import Engine
 from draftsmith.inference.errors import InvalidType, InvalidValue, unknown_choice
 from draftsmith.inference.ngram_table import AdaptiveTable, K, NgramTable, empty_table
-from draftsmith.inference.requests import Commit, DecodeResult, Recorder, RoundView, TokenRequest
+from draftsmith.inference.requests import Commit, DecodeResult, Recorder, TokenRequest
 from draftsmith.inference.sampling import SamplingParams
+from draftsmith.inference.tree import Tree
+from draftsmith.inference.tree_verification import TreeVerdict
 
 ADAPT = ("process", "call", "never")
+LEARN = ("committed", "verified")
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,14 @@ class AdedSettings:
             "choices": ADAPT,
         },
     )
+    learn: str = field(
+        default="committed",
+        metadata={
+            "help": "what updates the table. committed: the positions that a round committed. verified: every node "
+            "that the target looked at, which learns sooner and costs an update a node",
+            "choices": LEARN,
+        },
+    )
     eta: float = field(default=0.5, metadata={"help": "rate of an update, above 0 to 1"})
     capacity: int = field(default=2_000_000, metadata={"help": "most keys that are learned; the oldest go first"})
     top: int = field(default=K, metadata={"help": "entries of a key where no table is given (K)"})
@@ -57,6 +71,8 @@ class AdedSettings:
     def __post_init__(self) -> None:
         if self.adapt not in ADAPT:
             raise unknown_choice("adapt", self.adapt, ADAPT)
+        if self.learn not in LEARN:
+            raise unknown_choice("learn", self.learn, LEARN)
         for name in ("nodes", "depth", "top"):
             if getattr(self, name) < 1:
                 raise InvalidValue(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -95,7 +111,6 @@ class AdedDecoder:
             table = empty_table(vocab_size or target.spec.vocab_size, settings.top)
         self.table = AdaptiveTable(table, settings.eta, settings.capacity)
         self._settings = settings
-        self._recorder = recorder
         self._drafter = settings.drafter(self.table, getattr(tokenizer, "bos_token_id", None))
         self._inner = TreeDecoder(
             target,
@@ -104,8 +119,9 @@ class AdedDecoder:
             settings=TreeSettings(nodes=settings.nodes, depth=settings.depth),
             seed=seed,
             tokenizer=tokenizer,
-            recorder=recorder if settings.adapt == "never" else self._learn,
+            recorder=recorder,
             vocab_size=vocab_size,
+            listener=None if settings.adapt == "never" else self._learn,
         )
 
     def decode(self, requests: Sequence[TokenRequest]) -> DecodeResult:
@@ -124,6 +140,7 @@ class AdedDecoder:
             "nodes": s.nodes,
             "depth": s.depth,
             "adapt": s.adapt,
+            "learn": s.learn,
             "eta": s.eta,
             "k": self.table.base.k,
             "table_keys": len(self.table.base),
@@ -133,21 +150,30 @@ class AdedDecoder:
         }
         return result
 
-    def _learn(self, view: RoundView) -> None:
-        """Update the keys of the positions that the round committed."""
-        k = min(self.table.base.k, view.target_logits.shape[-1])
-        g = max(view.accepted)
-        p = view.target_logits[:, : g + 1].float().softmax(-1).topk(k, -1)
-        probs, tokens = p.values.tolist(), p.indices.tolist()
-        drafted = view.drafted[:, :g].tolist()
-        for b, context in enumerate(view.context):
-            text = [*context[-2:], *drafted[b][: view.accepted[b]]]
-            first = len(text) - view.accepted[b]  # tokens before the first position
-            for j in range(view.accepted[b] + 1):
-                if first + j >= 2:
-                    self.table.update(text[first + j - 2], text[first + j - 1], tokens[b][j], probs[b][j])
-        if self._recorder is not None:
-            self._recorder(view)
+    def _learn(
+        self, tree: Tree, verdict: TreeVerdict, logits: Tensor, live: Sequence[int], texts: Sequence[Sequence[int]]
+    ) -> None:
+        """Update the keys of the nodes that the round committed, or of all nodes that the target looked at."""
+        k = min(self.table.base.k, logits.shape[-1])
+        if self._settings.learn == "committed":
+            nodes = verdict.path[:, : 1 + int(verdict.k.max())]
+            counts = (verdict.k + 1).tolist()
+            logits = logits.gather(1, nodes.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
+        else:
+            nodes = torch.arange(tree.width, device=logits.device).expand(tree.batch, -1)
+            counts = tree.size.tolist()
+        top = logits.float().softmax(-1).topk(k, -1)
+        probs, tokens, chosen = top.values.tolist(), top.indices.tolist(), nodes.tolist()
+        ids, parent = tree.tokens.tolist(), tree.parent.tolist()
+        for b in live:
+            for j, node in enumerate(chosen[b][: counts[b]]):
+                if node:
+                    before = ids[b][parent[b][node]]
+                elif len(texts[b]) > 1:
+                    before = texts[b][-2]
+                else:
+                    continue  # a text of one token has no key
+                self.table.update(before, ids[b][node], tokens[b][j], probs[b][j])
 
 
 def build(

@@ -41,6 +41,9 @@ POLICIES = (AUTO, "chain", "fixed", "sequoia", "dyspec", "dyspec_threshold", "ea
 
 # What a round looked like to somebody who measures: the trees, the verdict, and which rows took part.
 Watcher = Callable[[Tree, TreeVerdict, Sequence[int]], None]
+# What the target said in a round, for somebody who learns from it: the trees, the verdict, the logits of all nodes
+# [B, N, V], which rows took part, and the texts [B] that end with the roots.
+Listener = Callable[[Tree, TreeVerdict, Tensor, Sequence[int], Sequence[Sequence[int]]], None]
 
 
 @dataclass(frozen=True)
@@ -189,10 +192,12 @@ class TreeDecoder:
         recorder: Recorder | None = None,
         vocab_size: int | None = None,
         watcher: Watcher | None = None,
+        listener: Listener | None = None,
     ) -> None:
         """vocab_size: the tokenizer's size, where the two heads are padded to different sizes above it.
 
-        watcher: called once a round with what a calibration needs.
+        watcher: called once a round with what a calibration needs. listener: with what the target said, plain rounds
+        too.
         """
         self._target = target
         self._drafter = drafter
@@ -202,6 +207,7 @@ class TreeDecoder:
         self._tokenizer = tokenizer
         self._recorder = recorder
         self._watcher = watcher
+        self._listener = listener
         self._policy: TreePolicy | None = getattr(drafter, "policy", None)
         self._nodes = self._settings.nodes if self._policy is None else self._policy.nodes
         self._draws = not self._sampling.greedy or self._settings.draft_temperature > 0
@@ -312,6 +318,8 @@ class TreeDecoder:
         call.underflow += sum(outcomes[b].underflow for b in live)
         if self._watcher is not None and offered:
             self._watcher(tree, verdict, live)
+        if self._listener is not None:
+            self._listener(tree, verdict, logits, live, session.tokens())
         most = 1 + max(outcomes[b].k for b in live)
         path = verdict.path[:, :most]
         if most > 1:

@@ -325,6 +325,24 @@ def test_sampled_law_with_a_table_or_a_store(kind: str) -> None:
         assert test.p_value > 1e-4, str(test)
 
 
+def test_rejected_branches_teach_too() -> None:
+    target = markov(16, 2, seed=3, scale=3.0)
+    requests = requests_for(((1,), (2, 3), (4, 5, 6)), 3, 40)
+    rounds, updates = {}, {}
+    for learn in ("committed", "verified"):
+        result = registry.build("aded", {"target": target}, settings={"learn": learn}).decode(requests)
+        rounds[learn], updates[learn] = len(result.rounds), result.notes["aded"]["updates"]
+    assert rounds["verified"] <= rounds["committed"] and updates["verified"] > 1.5 * updates["committed"]
+    # the row that a key holds is the target's own law there, whether it was committed or not
+    one = markov(8, 1, seed=1)
+    decoder = registry.build("aded", {"target": one}, settings={"learn": "verified", "eta": 1.0, "top": 3})
+    decoder.decode([TokenRequest([1, 2], 30)])
+    for (_, last), (tokens, weights) in decoder.table._overlay.items():
+        p = one.table[last].softmax(-1)
+        assert weights == pytest.approx(p[tokens].tolist(), abs=1e-6)
+        assert sorted(tokens) == sorted(p.topk(3).indices.tolist())
+
+
 def test_exported_tables_serve_through_the_loader(tmp_path: Path) -> None:
     target = markov(12, 1, seed=2, scale=4.0)
     write_ngram(build_table(samples(target, 60), 12), tmp_path / "t", tokenizer=None, command="test")
@@ -346,6 +364,7 @@ def test_what_aded_refuses() -> None:
     for settings, match in (
         ({"search": "widest"}, "unknown search"),
         ({"adapt": "always"}, "unknown adapt"),
+        ({"learn": "all"}, "unknown learn"),
         ({"nodes": 0}, "nodes must be at least 1"),
         ({"depth": 0}, "depth must be at least 1"),
         ({"top": 0}, "top must be at least 1"),
