@@ -33,6 +33,7 @@ VERBS: dict[str, dict[str, str]] = {
     },
     "Export and serve": {
         "export": "turn a run into a directory that loads anywhere, with its manifest and parity seal",
+        "ngram": "count an n-gram table, or order a retrieval store, to draft from",
         "convert": "write an existing drafter in another engine's format: vLLM, SGLang, EAGLE, Medusa, transformers",
         "decode": "generate text with a target and, if given, a draft; prints the acceptance",
     },
