@@ -43,6 +43,7 @@ VERBS: dict[str, dict[str, str]] = {
     "Look": {
         "inspect": "show the tokens, masks and labels that a config will train on",
         "show": "describe an export: kind, couplings, provenance, seal",
+        "diagnose": "find the wrong coupling that makes a drafter accepted too little",
     },
 }
 

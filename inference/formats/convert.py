@@ -32,11 +32,13 @@ def read_drafter(
     target_layers: int | None = None,
     format: str | None = None,
     allow_pickle: bool = False,
+    strict: bool = True,
 ) -> DrafterRecord:
     """Read a drafter of any format: its configuration and tensors under canonical names, as stored.
 
     Args: target: directory of the target, or target_layers its depth: several formats leave out which of the target's
-    states a drafter reads, and its depth decides. format: a row of FORMATS; None: detected.
+    states a drafter reads, and its depth decides. format: a row of FORMATS; None: detected. strict:
+    False keeps problems of an EAGLE head that can be computed all the same in the record.
     Raises InvalidValue with everything that is wrong, or with the evidence where the format is not clear.
     """
     directory = Path(path)
@@ -45,13 +47,13 @@ def read_drafter(
     name = format or detect(directory, allow_pickle=allow_pickle).format
     depth = target_layers if target is None else depth_of(Path(target))
     if name == own.NAME:
-        return own.read(directory)
+        return own.read(directory, strict=strict)
     if name == medusa.NAME:
         return medusa.read(directory, allow_pickle=allow_pickle)
     if name == hf_assistant.NAME:
         return hf_assistant.read(directory, allow_pickle=allow_pickle)
     reader = {eagle.NAME: eagle.read, specforge.NAME: specforge.read, speculators.NAME: speculators.read}[name]
-    record = reader(directory, target_layers=depth, allow_pickle=allow_pickle)
+    record = reader(directory, target_layers=depth, allow_pickle=allow_pickle, strict=strict)
     _check_depth(record, depth, directory)
     return record
 

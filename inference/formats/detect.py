@@ -5,32 +5,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from draftsmith.inference.errors import InvalidValue
-from draftsmith.inference.formats import eagle, hf_assistant, medusa, speculators
+from draftsmith.inference.formats import eagle, hf_assistant, medusa, own, speculators
 from draftsmith.inference.formats.files import MEDUSA_FILE, read_config, read_shapes
 from draftsmith.inference.formats.specforge import ARCHITECTURE
 from draftsmith.inference.formats.specforge import NAME as SPECFORGE
-from draftsmith.inference.manifest import KINDS, read
 
 
 @dataclass(frozen=True)
 class Detected:
     """A format and what speaks for it."""
 
-    format: str  # a row of formats.FORMATS, or OWN
+    format: str  # a row of formats.FORMATS
     evidence: str
-
-
-OWN = "draftsmith"  # an export of ours with a manifest of kind "eagle-drafter"
 
 
 def detect(directory: Path, *, allow_pickle: bool = False) -> Detected:
     """The format of `directory`. Raises InvalidValue, with the evidence, where two formats fit or none does."""
     if not directory.is_dir():
         raise InvalidValue(f"no such directory: {directory} (drafters are read from local directories only)")
-    manifest = read(directory)
-    if manifest is not None and manifest.net == "EagleHead" and manifest.kind in KINDS:
-        return Detected(OWN, f"manifest.json states net {manifest.net}")
     config = read_config(directory)
+    if isinstance(config.get("eagle"), dict):
+        return Detected(own.NAME, "config.json has an object 'eagle'")
     kind = config.get("speculators_model_type")
     if kind is not None:
         return Detected(speculators.NAME, f"config.json has speculators_model_type {kind!r}")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draftsmith.inference.errors import InvalidType
+from draftsmith.inference.errors import InvalidType, InvalidValue
 from draftsmith.inference.formats.files import (
     dtype_name,
     layer_config,
@@ -22,7 +22,7 @@ from draftsmith.inference.formats.files import (
     sizes_of,
     write_directory,
 )
-from draftsmith.inference.formats.record import EMBEDDING, DrafterRecord, eagle_problems, make_config, refuse
+from draftsmith.inference.formats.record import EMBEDDING, DrafterRecord, eagle_problems, finish, make_config, refuse
 from draftsmith.inference.nets.eagle_head import EagleConfig
 
 NAME = "eagle"
@@ -98,7 +98,9 @@ def write(record: DrafterRecord, directory: Path, *, target_layers: int | None =
     write_directory(directory, written, to_midlayer(with_map(config, tensors)) if config.version == 3 else tensors)
 
 
-def read(directory: Path, *, target_layers: int | None = None, allow_pickle: bool = False) -> DrafterRecord:
+def read(
+    directory: Path, *, target_layers: int | None = None, allow_pickle: bool = False, strict: bool = True
+) -> DrafterRecord:
     """Read EAGLE-1, -2 or -3. target_layers: depth of the target, which decides the states that it reads.
 
     Raises InvalidValue with everything that is wrong with the directory.
@@ -109,16 +111,11 @@ def read(directory: Path, *, target_layers: int | None = None, allow_pickle: boo
     values, origins = values_of(stated, tensors, 3 if three else 1, str(directory))
     problems: list[str] = []
     if target_layers is None:
-        problems.append(NEED_TARGET)
-    else:
-        values["aux_layers"] = default_ids(target_layers) if three else (target_layers,)
-        origins["aux_layers"] = "fixed in the EAGLE code"
-    config = make_config({"aux_layers": (0,)} | values, problems)
-    if config is not None and target_layers is not None:
-        problems += eagle_problems(config, tensors)
-    refuse(problems, str(directory))
-    assert config is not None
-    return DrafterRecord(config, tensors, NAME, origins, rope_of(stated)[1])
+        raise InvalidValue(f"{directory}: {NEED_TARGET}")
+    values["aux_layers"] = default_ids(target_layers) if three else (target_layers,)
+    origins["aux_layers"] = "fixed in the EAGLE code"
+    config = make_config(values, problems)
+    return finish(config, tensors, NAME, origins, rope_of(stated)[1], problems, str(directory), strict)
 
 
 def values_of(

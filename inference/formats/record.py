@@ -48,6 +48,7 @@ class DrafterRecord:
     format: str = ""  # a row of formats.FORMATS; "" where it was not read from files
     origins: Mapping[str, str] = field(default_factory=dict)  # field -> "config.json", "shape of ...", "default of ..."
     notes: Sequence[str] = ()  # what a reader should know: conventions applied, values that disagree
+    problems: Sequence[str] = ()  # what is wrong with it; only where it was not read strictly
 
 
 def make_config(values: Mapping[str, Any], problems: list[str]) -> EagleConfig | None:
@@ -106,6 +107,30 @@ def map_problems(tensors: Mapping[str, Tensor], draft_vocab: int, vocab: int) ->
     elif marked == draft_vocab and not t2d[ids].all():
         found.append("t2d marks other ids than d2t leads to")
     return found
+
+
+def finish(
+    config: EagleConfig | None,
+    tensors: Mapping[str, Tensor],
+    name: str,
+    origins: Mapping[str, str],
+    notes: Sequence[str],
+    problems: list[str],
+    where: str,
+    strict: bool,
+) -> DrafterRecord:
+    """The end of every reader of EAGLE heads: tensors are checked, and all problems are raised at once, or kept.
+
+    Without `strict` only what makes the drafter impossible to compute is raised: no configuration, no such tensors.
+    """
+    if config is not None:
+        impossible = shape_problems(shapes(config), tensors)
+        problems += eagle_problems(config, tensors)
+        if strict or impossible:
+            refuse(problems, where)
+        return DrafterRecord(config, tensors, name, origins, notes, problems)
+    refuse(problems, where)
+    raise AssertionError("no configuration and no problem")
 
 
 def refuse(problems: Sequence[str], what: str) -> None:

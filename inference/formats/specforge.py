@@ -30,7 +30,7 @@ from draftsmith.inference.formats.files import (
     rope_of,
     write_directory,
 )
-from draftsmith.inference.formats.record import EMBEDDING, DrafterRecord, eagle_problems, make_config, refuse
+from draftsmith.inference.formats.record import EMBEDDING, DrafterRecord, eagle_problems, finish, make_config, refuse
 from draftsmith.inference.nets.eagle_head import EagleConfig
 
 NAME = "specforge"
@@ -92,7 +92,9 @@ def write(
     write_directory(directory, written, to_midlayer(with_map(config, tensors)))
 
 
-def read(directory: Path, *, target_layers: int | None = None, allow_pickle: bool = False) -> DrafterRecord:
+def read(
+    directory: Path, *, target_layers: int | None = None, allow_pickle: bool = False, strict: bool = True
+) -> DrafterRecord:
     """Read a SpecForge directory. target_layers: needed only where the files leave the ids out.
 
     Raises InvalidValue with everything that is wrong with the directory.
@@ -113,11 +115,7 @@ def read(directory: Path, *, target_layers: int | None = None, allow_pickle: boo
     else:
         problems.append(NEED_TARGET)
     config = make_config({"aux_layers": (2, 3, 4)} | values, problems)
-    if config is not None:
-        problems += eagle_problems(config, tensors)
-    refuse(problems, str(directory))
-    assert config is not None
-    return DrafterRecord(config, tensors, NAME, origins, notes)
+    return finish(config, tensors, NAME, origins, notes, problems, str(directory), strict)
 
 
 def without_embedding(record: DrafterRecord) -> DrafterRecord:

@@ -19,7 +19,7 @@ from draftsmith.inference.formats.files import (
     sizes_of,
     write_directory,
 )
-from draftsmith.inference.formats.record import EMBEDDING, DrafterRecord, eagle_problems, make_config, refuse
+from draftsmith.inference.formats.record import EMBEDDING, DrafterRecord, eagle_problems, finish, make_config, refuse
 from draftsmith.inference.nets.eagle_head import FAMILIES, EagleConfig
 
 NAME = "speculators"
@@ -62,7 +62,9 @@ def write(record: DrafterRecord, directory: Path, *, verifier: Path | None, spec
     write_directory(directory, _document(config, record, verifier.resolve(), speculative_tokens), tensors)
 
 
-def read(directory: Path, *, target_layers: int | None = None, allow_pickle: bool = False) -> DrafterRecord:
+def read(
+    directory: Path, *, target_layers: int | None = None, allow_pickle: bool = False, strict: bool = True
+) -> DrafterRecord:
     """Read a speculators directory. target_layers: needed only where the ids are null.
 
     Raises InvalidValue with everything that is wrong with the directory.
@@ -95,11 +97,7 @@ def read(directory: Path, *, target_layers: int | None = None, allow_pickle: boo
     else:
         problems.append("the ids of the states that it reads are null: give the target, whose depth decides")
     config = make_config({"aux_layers": (2, 3, 4)} | values, problems)
-    if config is not None:
-        problems += eagle_problems(config, tensors)
-    refuse(problems, str(directory))
-    assert config is not None
-    return DrafterRecord(config, tensors, NAME, origins, notes)
+    return finish(config, tensors, NAME, origins, notes, problems, str(directory), strict)
 
 
 def vllm_problems(config: Mapping[str, Any], names: Sequence[str], *, found: bool) -> list[str]:
