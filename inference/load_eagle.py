@@ -15,9 +15,9 @@ from draftsmith.inference.drafters.eagle import EagleTreeDrafter
 from draftsmith.inference.errors import InvalidValue
 from draftsmith.inference.load_engine import DTYPES
 from draftsmith.inference.nets.eagle_head import EagleConfig, EagleHead, load_tensors
-from draftsmith.inference.tree_policies.chain import ChainPolicy
+from draftsmith.inference.tree_policies.eagle2 import Eagle2Policy
 
-DEPTH = 5  # of the chain that a head drafts where no policy is chosen
+NODES, DEPTH, BEAM = 16, 5, 4  # of the EAGLE-2 tree that a head drafts where no policy is chosen
 _REJECTED = 2  # pairs of a chunk that are fed wrong and rolled back
 
 
@@ -33,7 +33,7 @@ def load_eagle(
         raise InvalidValue("an EAGLE head has no transformers class: leave engine at auto or native")
     head = read_head(Path(path), dtype).to(device)
     head.fuse()
-    return EagleTreeDrafter(head, ChainPolicy(DEPTH))
+    return EagleTreeDrafter(head, Eagle2Policy(NODES, DEPTH, beam=BEAM))
 
 
 def read_head(directory: Path, dtype: str = "auto") -> EagleHead:

@@ -11,6 +11,7 @@ of the target, Vd of the draft.
 import dataclasses
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -20,9 +21,10 @@ from torch.nn import functional as F
 
 from draftsmith.data.batches import TokenBatch
 from draftsmith.inference import manifest
+from draftsmith.inference.couplings import target_fingerprint
 from draftsmith.inference.errors import InvalidState, InvalidValue, unknown_choice
 from draftsmith.inference.nets.eagle_head import EagleConfig, EagleHead, load_tensors
-from draftsmith.modules.eagle_metrics import StepMeans, Unrolled
+from draftsmith.modules.eagle_metrics import StepMeans, Unrolled, by_step
 from draftsmith.modules.eagle_rollout import rollout
 from draftsmith.modules.eagle_target import EagleSizes, EagleTarget, Observed
 from draftsmith.modules.export_spec import ExportSpec
@@ -369,13 +371,14 @@ class EagleDrafter(pl.LightningModule):
     def _log_means(self, stage: str, means: StepMeans) -> None:
         values = means.compute()
         for name in ("accuracy", "conditional", "alpha"):
-            for k, value in enumerate(values[name]):
+            for k, value in enumerate(by_step(values, name)):
                 self.log(f"{stage}_step/{name}_{k}", value.float(), sync_dist=True)
-        decay = self.decay ** torch.arange(self.steps, dtype=torch.float64, device=values["loss"].device)
-        loss = (values["loss"] * decay).sum() / decay.sum()
+        losses = torch.stack(by_step(values, "loss"))
+        weight = self.decay ** torch.arange(self.steps, dtype=losses.dtype, device=losses.device)
+        loss = (losses * weight).sum() / weight.sum()
         self.log(f"{stage}/loss", loss.float(), prog_bar=True, sync_dist=True)
-        self.log(f"{stage}/accuracy", values["accuracy"][0].float(), sync_dist=True)
-        self.log(f"{stage}/alpha", values["alpha"][0].float(), sync_dist=True)
+        self.log(f"{stage}/accuracy", by_step(values, "accuracy")[0].float(), sync_dist=True)
+        self.log(f"{stage}/alpha", by_step(values, "alpha")[0].float(), sync_dist=True)
         self.log(f"{stage}/tau_simulated", values["tau_simulated"].float(), prog_bar=True, sync_dist=True)
         means.reset()
 
@@ -402,10 +405,28 @@ class EagleDrafter(pl.LightningModule):
         rows = self._target().vocab_size
         if size is not None and size > rows:
             raise InvalidValue(f"the tokenizer has {size} ids, the target only {rows} rows: it is of another target")
+        self._check_states(data)
         if hasattr(data, "data_fingerprint"):
             self._meta["data_fingerprint"] = data.data_fingerprint()
         directory = getattr(data, "tokenizer_dir", None)
         self._meta["tokenizer_dir"] = None if directory is None else str(directory)
+
+    def _check_states(self, data: Any) -> None:
+        """Raises InvalidValue for cached states of another target or other layers, and for batches without them."""
+        if not self.cached:
+            return
+        layers, directory = getattr(data, "aux_layers", None), getattr(data, "target_dir", None)
+        if layers is None or directory is None:
+            raise InvalidValue(f"model.cached wants data.teacher_states.TeacherStatesModule, got {type(data).__name__}")
+        if tuple(layers) != self._built().config.aux_layers:
+            raise InvalidValue(
+                f"the cached states are those after layers {list(layers)}, the head reads "
+                f"{list(self._built().config.aux_layers)}: set data.states.aux_layers and model.head.aux_layers alike"
+            )
+        if target_fingerprint(Path(directory)) != target_fingerprint(Path(str(self.teacher_spec.path))):
+            raise InvalidValue(
+                f"the cached states are those of {directory}, model.teacher is {self.teacher_spec.path}: another target"
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         values = {k: float(v) for k, v in self.trainer.callback_metrics.items() if k in DEFINITIONS}

@@ -3,6 +3,7 @@
 Shape letters: B batch, T time, K steps, M trained rows of all steps.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -60,3 +61,8 @@ class StepMeans(Metric):
             "alpha": alpha / some,
             "tau_simulated": 1 + accuracy.cumprod(0).sum(),
         }
+
+
+def by_step(values: Mapping[str, Tensor], name: str) -> list[Tensor]:
+    """A column of `StepMeans.compute` step by step: torchmetrics hands a single step over without its dimension."""
+    return list(values[name].reshape(-1).unbind())

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
@@ -201,6 +202,27 @@ def test_metrics_of_the_steps_by_hand(model: Any) -> None:
         assert 0 < accuracies[0] < 1  # else nothing was tested
     expected = 1 + sum(math.prod(accuracies[: k + 1]) for k in range(3))
     assert float(found["tau_simulated"]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("version", [1, 3])
+def test_a_trainer_runs_it_with_one_step_and_logs_what_was_measured(model: Any, version: int) -> None:
+    module = module_for(model, EagleSizes(version=version), steps=1)
+    rows = [text_batch(torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(i))) for i in range(2)]
+    loader = torch.utils.data.DataLoader(rows, batch_size=None)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(module, loader, loader)
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    assert {"val/loss", "val/accuracy", "val/alpha", "val/tau_simulated", "val_step/conditional_0"} <= set(logged)
+    assert logged["val/tau_simulated"] == pytest.approx(1 + logged["val/accuracy"])
+    assert logged["val_step/alpha_0"] == logged["val/alpha"] and logged["train/skipped"] == 0
 
 
 # --- the overfit gate
