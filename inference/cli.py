@@ -65,8 +65,9 @@ EXTRA_MODULES: dict[str, frozenset[str]] = {
     ),
     "deepspeed": frozenset({"deepspeed"}),
     "lora": frozenset({"peft"}),
+    "mauve": frozenset({"mauve"}),
 }
-EXTRA_TITLES = {"train": "training", "deepspeed": "DeepSpeed", "lora": "LoRA"}
+EXTRA_TITLES = {"train": "training", "deepspeed": "DeepSpeed", "lora": "LoRA", "mauve": "MAUVE"}
 
 Main = Callable[[list[str]], int | None]
 

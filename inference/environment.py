@@ -19,6 +19,7 @@ LIBRARIES = (
     "lightning",
     "deepspeed",
     "scikit-learn",
+    "mauve-text",
 )
 
 

@@ -243,7 +243,7 @@ def test_python_dash_m_behaves_like_the_script() -> None:
 def test_the_extra_of_a_module_is_known_for_every_requirement_of_the_extras() -> None:
     """A requirement that joins an extra in pyproject must join the table, or its absence would look like a bug."""
     requires = importlib.metadata.requires("draftsmith") or []
-    import_names = {"scikit-learn": "sklearn"}
+    import_names = {"scikit-learn": "sklearn", "mauve-text": "mauve"}
     for extra, modules in cli.EXTRA_MODULES.items():
         declared = {
             line.split(";")[0].split(">")[0].split("[")[0].strip()

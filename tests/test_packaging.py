@@ -120,7 +120,8 @@ def test_the_wheel_asks_for_inference_only(wheel: Path) -> None:
     lines = re.findall(r"^Requires-Dist: (.*)$", metadata, re.MULTILINE)
     base = requirement_names([line for line in lines if "extra ==" not in line])
     assert base == {"torch", "transformers", "safetensors", "numpy", "tokenizers"}
-    assert set(re.findall(r"^Provides-Extra: (.*)$", metadata, re.MULTILINE)) == {"train", "deepspeed", "lora", "dev"}
+    extras = {"train", "deepspeed", "lora", "mauve", "dev"}
+    assert set(re.findall(r"^Provides-Extra: (.*)$", metadata, re.MULTILINE)) == extras
 
 
 # --- the slim install ---

@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from draftsmith.inference import registry
 from draftsmith.inference.errors import InvalidType, InvalidValue
@@ -25,7 +26,7 @@ from draftsmith.inference.text_metrics import (
 )
 from draftsmith.modules.hf_model import HFModel
 from draftsmith.modules.lm import LM
-from draftsmith.trainers.mauve import mauve
+from draftsmith.trainers.mauve import implementation, mauve
 
 _NGRAMS = (1, 2, 4)
 
@@ -77,6 +78,7 @@ class TextEval(Callback):
         whole = data.prompts(self.samples, self.prompt_length + self.max_new_tokens, self.max_new_tokens)
         texts = [list(request.prompt) for request in whole]
         net: Any = pl_module.net
+        rank_zero_info(f"text/*/mauve is computed by {implementation()}")
         for name, value in self.measure(net, texts).items():
             pl_module.log(name, value, batch_size=1)
 
