@@ -5,6 +5,7 @@ trees (deterministic rule: the law is the target's whatever the table holds); he
 likeliest tokens of the target's law BEFORE temperature, so that one table serves all temperatures.
 """
 
+import warnings
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,6 +91,10 @@ class AdedSettings:
         )
 
 
+class EmptyTableWarning(UserWarning):
+    """Nothing to draft from, now or later."""
+
+
 class AdedDecoder:
     """The tree decoder with a table that follows the target."""
 
@@ -105,10 +110,17 @@ class AdedDecoder:
         recorder: Recorder | None = None,
         vocab_size: int | None = None,
     ) -> None:
-        """table: None begins with an empty one. Raises InvalidValue for an empty table that may not learn."""
+        """table: None begins with an empty one; an EmptyTableWarning where it may not learn either."""
         settings = settings or AdedSettings()
         if table is None:
             table = empty_table(vocab_size or target.spec.vocab_size, settings.top)
+        if not len(table) and settings.adapt == "never":
+            warnings.warn(
+                "the n-gram table is empty and adapt is 'never': nothing will be drafted; give a table (--draft), or "
+                "let it learn",
+                EmptyTableWarning,
+                stacklevel=2,
+            )
         self.table = AdaptiveTable(table, settings.eta, settings.capacity)
         self._settings = settings
         self._drafter = settings.drafter(self.table, getattr(tokenizer, "bos_token_id", None))

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from draftsmith.inference import registry
+from draftsmith.inference.decoders.aded import EmptyTableWarning
 from draftsmith.inference.drafters.ngram import NgramDrafter
 from draftsmith.inference.drafters.rest import RestDrafter, build_store
 from draftsmith.inference.errors import InvalidType, InvalidValue
@@ -296,7 +297,8 @@ def test_greedy_output_is_the_targets_and_the_table_learns(settings: dict[str, A
     assert len(second.rounds) < 0.6 * len(first.rounds), "what was said once is drafted the second time"
     noted = second.notes["aded"]
     assert noted["updates"] > 0 and noted["learned_keys"] > 0 and noted["table_keys"] == 0 and noted["k"] == 12
-    frozen = registry.build("aded", {"target": target}, settings={**settings, "adapt": "never"})
+    with pytest.warns(EmptyTableWarning, match="nothing will be drafted"):
+        frozen = registry.build("aded", {"target": target}, settings={**settings, "adapt": "never"})
     assert frozen.decode(requests).output == want and frozen.table.learned == 0
     fresh = registry.build("aded", {"target": target}, settings={**settings, "adapt": "call"})
     rounds = [len(fresh.decode(requests).rounds) for _ in range(2)]
