@@ -219,14 +219,8 @@ class StatefulLoader(_Loader):
     def _fetch(self, indices: Iterator[list[int]]) -> Iterable[Batch]:
         if self.num_workers == 0:
             return map(self.source.fetch, indices)
-        return DataLoader(
-            _MapDataset(self.source),
-            batch_size=None,
-            sampler=indices,  # any iterable of keys; with batch_size=None a key may be a list
-            num_workers=self.num_workers,
-            collate_fn=_unchanged,
-            worker_init_fn=_quiet_worker,
-        )
+        # any iterable of keys is a sampler; with batch_size=None a key may be a list
+        return _in_workers(_MapDataset(self.source), self.num_workers, sampler=indices)
 
 
 class StatefulStreamLoader(_Loader):
@@ -276,13 +270,7 @@ class StatefulStreamLoader(_Loader):
         share = _StreamShare(self.source, self.cursor, self.batch_size, self.rank, self.world_size)
         batches: Iterable[tuple[Batch, Cursor]] = share
         if self.num_workers:
-            batches = DataLoader(
-                share,
-                batch_size=None,
-                num_workers=self.num_workers,
-                collate_fn=_unchanged,
-                worker_init_fn=_quiet_worker,
-            )
+            batches = _in_workers(share, self.num_workers)
         for batch, cursor in batches:
             self.taken += self.global_batch
             self.cursor = cursor
@@ -323,6 +311,23 @@ class _StreamShare(IterableDataset[tuple[Batch, Cursor]]):
                     yield self.source.collate(group[self.rank :: self.world_size]), cursor
                 index += 1
                 group = []
+
+
+def _in_workers(dataset: Dataset[T], num_workers: int, **more: Any) -> "DataLoader[T]":
+    """Its batches, made by worker processes.
+
+    The generator is its own: a DataLoader draws its workers' seed from the global one whenever it is iterated, so a
+    resumed run, which iterates once more, would go on with other dropout.
+    """
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=num_workers,
+        collate_fn=_unchanged,
+        worker_init_fn=_quiet_worker,
+        generator=torch.Generator(),
+        **more,
+    )
 
 
 def _unchanged(batch: T) -> T:
