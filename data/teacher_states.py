@@ -127,7 +127,7 @@ class Plan:
     def __str__(self) -> str:
         return (
             f"{self.samples} samples of {self.length} tokens, {self.states} states of width {self.width} in "
-            f"{self.format}: {self.gigabytes:.3f} GB in {self.shards} shards"
+            f"{self.format}: {self.gigabytes:.3g} GB in {self.shards} shards"
         )
 
     def check(self, place: Path, max_gb: float, written: float = 0.0) -> None:
