@@ -107,7 +107,7 @@ def test_unknown_verb_names_the_choices_and_the_nearest(
     assert cli.main([typed]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith(f"error: unknown command {typed!r}: choose one of bench, convert, decode, ")
+    assert err.startswith(f"error: unknown command {typed!r}: choose one of bench, calibrate, convert, decode, ")
     assert err.endswith(f"did you mean {nearest!r}?\n") and err.count("\n") == 1
 
 

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from draftsmith.inference import metrics, registry
@@ -189,7 +190,10 @@ def _build(
         vocab_size = check_pair(target, draft, given.allow_mismatch)
         parts["draft"] = draft.part
         if draft.manifest is not None:
-            settings = draft.manifest.couplings.decode_defaults | settings
+            known = {setting.name for setting in fields(registry.get(name).settings_type())}
+            found_best = draft.manifest.couplings.decode_defaults  # for the decoder that it was measured with
+            settings = {key: value for key, value in found_best.items() if key in known} | settings
+        settings = _calibrated(name, target, draft, sampling, settings)
     return registry.build(
         name,
         parts,
@@ -199,6 +203,34 @@ def _build(
         tokenizer=target.tokenizer,
         vocab_size=vocab_size,
     )
+
+
+def _calibrated(
+    name: str, target: LoadedPart, draft: LoadedPart, sampling: SamplingParams, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """The settings with the tree calibration that lies beside the draft, where it fits and none was named.
+
+    Raises InvalidValue when a named one was measured on other networks.
+    """
+    if name != "tree":
+        return settings
+    from draftsmith.inference.couplings import target_fingerprint
+    from draftsmith.inference.decoders.tree import conditions
+    from draftsmith.inference.tree_calibration import CALIBRATION_FILE, Calibration
+
+    path = Path(settings.get("calibration") or draft.path / CALIBRATION_FILE)
+    if not settings.get("calibration") and not path.is_file():
+        return settings
+    measured = {"target": target_fingerprint(target.path), "draft": target_fingerprint(draft.path)}
+    if settings.get("calibration"):
+        Calibration.load(path, measured)
+        return settings
+    try:
+        Calibration.load(path, measured | conditions(registry.make_settings(name, settings), sampling))
+    except InvalidValue as error:
+        print(f"not used: {error}", file=sys.stderr)
+        return settings
+    return settings | {"calibration": str(path)}
 
 
 def _request(given: argparse.Namespace, target: LoadedPart, line: PromptLine, number: int) -> TokenRequest:

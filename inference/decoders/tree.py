@@ -206,7 +206,7 @@ class TreeDecoder:
         self._seed = seed
         self._tokenizer = tokenizer
         self._recorder = recorder
-        self._watcher = watcher
+        self.watcher = watcher
         self._listener = listener
         self._policy: TreePolicy | None = getattr(drafter, "policy", None)
         self._nodes = self._settings.nodes if self._policy is None else self._policy.nodes
@@ -316,8 +316,8 @@ class TreeDecoder:
         outcomes = _read(tree, verdict)
         live = [b for b, row in enumerate(session.rows) if row.reason is None]
         call.underflow += sum(outcomes[b].underflow for b in live)
-        if self._watcher is not None and offered:
-            self._watcher(tree, verdict, live)
+        if self.watcher is not None and offered:
+            self.watcher(tree, verdict, live)
         if self._listener is not None:
             self._listener(tree, verdict, logits, live, session.tokens())
         most = 1 + max(outcomes[b].k for b in live)
