@@ -8,6 +8,7 @@ import itertools
 import math
 import random
 import time
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -15,10 +16,14 @@ import pytest
 import torch
 
 from draftsmith.inference import registry
-from draftsmith.inference.block_verification import expected_accepted
+from draftsmith.inference.acceptance import verify
+from draftsmith.inference.block_verification import expected_accepted, verify_block
 from draftsmith.inference.hf_adapter import HFEngine
 from draftsmith.inference.requests import RoundView, TokenRequest
 from draftsmith.inference.sampling import SamplingParams
+from draftsmith.inference.traversal_verification import verify_traversal
+from draftsmith.inference.tree import Tree
+from draftsmith.inference.tree_verification import verify_tree
 from tests import exact_rules as exact
 from tests.acceptance.test_speculative_sampling import library_text
 from tests.figures import DECODING, record
@@ -203,3 +208,43 @@ def test_a_trained_pair() -> None:
         FILES,
     )
     assert ratio >= 1.03 and low > 1.0 and off <= 3
+
+
+def median_ms(call: Callable[[], object], rounds: int = 30) -> float:
+    times = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return 1e3 * sorted(times)[rounds // 2]
+
+
+def test_time_of_a_verification() -> None:
+    """V=32k in float32: a chain of 5, and a tree of 15 nodes below its root, of fixed widths 3-2-1."""
+    vocab, g = 32_000, 5
+    generator = torch.Generator().manual_seed(0)
+    figures: dict[str, Any] = {}
+    for batch in (1, 8):
+        p = (2 * torch.randn(batch, g + 1, vocab, generator=generator)).softmax(-1)
+        q = (p[:, :g].log() + 0.5 * torch.randn(batch, g, vocab, generator=generator)).softmax(-1)
+        x = torch.multinomial(q.view(-1, vocab), 1, generator=generator).view(batch, g)
+        u = torch.rand(batch, g + 1, generator=generator, dtype=torch.float64)
+        given = (x, q, p, torch.full((batch,), g), u[:, :g], u[:, g])
+        for name, rule in (("token", verify), ("block", verify_block)):
+            figures[f"time, chain of {g}, batch {batch}, {name}"] = median_ms(
+                lambda rule=rule, given=given: rule(*given)
+            )
+    parent = [-1, 0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 5, 6, 7, 8, 9]
+    laws = (2 * torch.randn(16, vocab, generator=generator)).softmax(-1)
+    drafts = (laws.log() + 0.5 * torch.randn(16, vocab, generator=generator)).softmax(-1)
+    tokens = [0]
+    for node in range(1, 16):
+        law = drafts[parent[node]].clone()
+        law[[tokens[c] for c in range(1, node) if parent[c] == parent[node]]] = 0
+        tokens.append(int(torch.multinomial(law, 1, generator=generator)))
+    rows = [list(range(16))]
+    tree = Tree.from_rows([tokens], [parent], torch.device("cpu"), drafts[None], rows)
+    u = torch.rand(1, 16, generator=generator, dtype=torch.float64)
+    for name, walk in (("token", verify_tree), ("traversal", verify_traversal)):
+        figures[f"time, tree of 15, batch 1, {name}"] = median_ms(lambda walk=walk: walk(tree, lambda i: laws[i], u))
+    record(SLUG, {name: {"value": value, "unit": "ms"} for name, value in figures.items()}, [0], FILES)
