@@ -99,7 +99,7 @@ _ENTRIES = (
         summary="a draft offers a tree of continuations, one target call verifies all of its paths",
         lossless=True,
         needs=("target", "draft"),
-        settings=f"{_DECODERS}.tree.TreeSettings",
+        settings="draftsmith.inference.tree_settings.TreeSettings",
         build=f"{_DECODERS}.tree.build",
     ),
     DecoderEntry(

@@ -6,7 +6,7 @@ from pathlib import Path
 from draftsmith.inference import metrics, registry
 from draftsmith.inference.commands._args import parser
 from draftsmith.inference.couplings import target_fingerprint
-from draftsmith.inference.decoders.tree import TreeDecoder, TreeSettings, conditions
+from draftsmith.inference.decoders.tree import TreeDecoder
 from draftsmith.inference.errors import InvalidValue
 from draftsmith.inference.loader import check_pair, check_role, load
 from draftsmith.inference.manifest import DTYPES
@@ -14,6 +14,7 @@ from draftsmith.inference.prompts import read_prompts
 from draftsmith.inference.requests import RoundStats, TokenRequest
 from draftsmith.inference.sampling import SamplingParams
 from draftsmith.inference.tree_calibration import CALIBRATION_FILE, Calibrator
+from draftsmith.inference.tree_settings import TreeSettings, conditions
 
 
 def main(argv: list[str]) -> int:

@@ -215,8 +215,8 @@ def _calibrated(
     if name != "tree":
         return settings
     from draftsmith.inference.couplings import target_fingerprint
-    from draftsmith.inference.decoders.tree import conditions
     from draftsmith.inference.tree_calibration import CALIBRATION_FILE, Calibration
+    from draftsmith.inference.tree_settings import conditions
 
     path = Path(settings.get("calibration") or draft.path / CALIBRATION_FILE)
     if not settings.get("calibration") and not path.is_file():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from draftsmith.inference.costs import CostCurve
 from draftsmith.inference.decoders.session import drain
-from draftsmith.inference.decoders.tree import TreeDecoder, TreeSettings
+from draftsmith.inference.decoders.tree import TreeDecoder
 from draftsmith.inference.drafters.ngram import SEARCHES, NgramDrafter
 from draftsmith.inference.engine import Engine
 from draftsmith.inference.errors import InvalidType, InvalidValue, unknown_choice
@@ -23,6 +23,7 @@ from draftsmith.inference.ngram_table import AdaptiveTable, K, NgramTable, empty
 from draftsmith.inference.requests import Commit, DecodeResult, Recorder, TokenRequest
 from draftsmith.inference.sampling import SamplingParams
 from draftsmith.inference.tree import Tree
+from draftsmith.inference.tree_settings import TreeSettings
 from draftsmith.inference.tree_verification import TreeVerdict
 
 ADAPT = ("process", "call", "never")

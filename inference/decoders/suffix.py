@@ -12,7 +12,6 @@ from typing import Any
 
 from draftsmith.inference.decoders.session import drain
 from draftsmith.inference.decoders.speculative import SpeculativeSettings, build
-from draftsmith.inference.decoders.tree import TreeSettings
 from draftsmith.inference.decoders.tree import build as build_tree
 from draftsmith.inference.drafters.model import ModelDrafter
 from draftsmith.inference.drafters.suffix import HybridDrafter, SuffixDrafter, SuffixRows, SuffixTreeDrafter
@@ -20,6 +19,7 @@ from draftsmith.inference.errors import InvalidValue
 from draftsmith.inference.requests import Commit, Decoder, DecodeResult, TokenRequest
 from draftsmith.inference.suffix_cache import SuffixCache, vocabulary_hash
 from draftsmith.inference.suffix_tree import Budget
+from draftsmith.inference.tree_settings import TreeSettings
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ Shape letters: B rows in the batch, N nodes with the root, P nodes of a path, F 
 
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,150 +20,21 @@ from draftsmith.inference.decoders.speculative import shared_vocabulary
 from draftsmith.inference.drafters.tree_base import Accepted, TreeDrafter, TreeDraftSession, TreePolicy, TreeTask
 from draftsmith.inference.drafters.tree_model import TreeModelDrafter
 from draftsmith.inference.engine import Engine
-from draftsmith.inference.errors import InvalidValue, unknown_choice
+from draftsmith.inference.errors import InvalidValue
 from draftsmith.inference.feeding import host_tensor
 from draftsmith.inference.requests import Commit, DecodeResult, Recorder, TokenRequest
 from draftsmith.inference.rng import Stream
 from draftsmith.inference.sampling import SamplingParams, TokenCounts, law
-from draftsmith.inference.traversal_verification import RULES, verify_traversal
+from draftsmith.inference.traversal_verification import verify_traversal
 from draftsmith.inference.tree import Tree
-from draftsmith.inference.tree_calibration import Calibration
-from draftsmith.inference.tree_policies.chain import ChainPolicy
-from draftsmith.inference.tree_policies.dyspec import DySpecPolicy, DySpecThresholdPolicy
-from draftsmith.inference.tree_policies.eagle2 import Eagle2Policy
-from draftsmith.inference.tree_policies.fixed_widths import FixedWidthsPolicy
-from draftsmith.inference.tree_policies.sequoia import SequoiaPolicy
+from draftsmith.inference.tree_settings import AUTO, TreeSettings, make_policy
 from draftsmith.inference.tree_verification import TreeVerdict, verify_tree, verify_tree_greedy
-
-AUTO = "auto"
-POLICIES = (AUTO, "chain", "fixed", "sequoia", "dyspec", "dyspec_threshold", "eagle2")
 
 # What a round looked like to somebody who measures: the trees, the verdict, and which rows took part.
 Watcher = Callable[[Tree, TreeVerdict, Sequence[int]], None]
 # What the target said in a round, for somebody who learns from it: the trees, the verdict, the logits of all nodes
 # [B, N, V], which rows took part, and the texts [B] that end with the roots.
 Listener = Callable[[Tree, TreeVerdict, Tensor, Sequence[int], Sequence[Sequence[int]]], None]
-
-
-@dataclass(frozen=True)
-class TreeSettings:
-    """Settings of the tree decoder."""
-
-    policy: str = field(
-        default=AUTO,
-        metadata={
-            "help": "how trees grow. auto: the drafter's own way, else dyspec. chain: one node a level. fixed: "
-            "`widths` children a node. sequoia: the best fixed shape for the measured acceptance. dyspec: where the "
-            "draft expects acceptance, node by node. dyspec_threshold: the same layer by layer, fewer draft calls. "
-            "eagle2: the most confident paths, not drawn",
-            "choices": POLICIES,
-        },
-    )
-    nodes: int = field(default=16, metadata={"help": "most drafted nodes of a tree, its root excluded"})
-    depth: int = field(default=8, metadata={"help": "most levels of a tree below its root"})
-    widths: str = field(default="3-2-1-1", metadata={"help": "policy fixed: children of a node on each level"})
-    replacement: bool = field(
-        default=False,
-        metadata={"help": "policy fixed: draw siblings independently (SpecInfer); equal ones then waste their nodes"},
-    )
-    verification: str = field(
-        default="token",
-        metadata={
-            "help": "token: from the root, siblings one after the other. traversal: from the leaves, which accepts at "
-            "least as many in expectation; greedy decoding gains nothing and keeps its rule",
-            "choices": RULES,
-        },
-    )
-    threshold: float = field(
-        default=0.0,
-        metadata={"help": "policy dyspec_threshold: draw what is worth this much or more; 0: 1 / nodes"},
-    )
-    adaptive: bool = field(
-        default=False,
-        metadata={
-            "help": "policy dyspec_threshold: move the threshold so that trees have `nodes` nodes on average (twice as "
-            "many at most); sampled ids then depend on batch-mates"
-        },
-    )
-    min_value: float = field(
-        default=0.0,
-        metadata={"help": "policy dyspec: stop at nodes that are tested with less than this probability; 0: never"},
-    )
-    beam: int = field(default=10, metadata={"help": "policy eagle2: nodes expanded on each level"})
-    calibration: str = field(
-        default="",
-        metadata={
-            "help": "policies dyspec, dyspec_threshold and sequoia: the file that 'draftsmith calibrate' wrote; none: "
-            "plain estimates (the command line takes the one beside the draft)"
-        },
-    )
-    draft_temperature: float = field(
-        default=0.0,
-        metadata={
-            "help": "temperature of the draft's law; 0: the target's own, and with a greedy target the likeliest "
-            "tokens are offered without drawing"
-        },
-    )
-
-    def __post_init__(self) -> None:
-        if self.policy not in POLICIES:
-            raise unknown_choice("policy", self.policy, POLICIES)
-        if self.verification not in RULES:
-            raise unknown_choice("verification", self.verification, RULES)
-        for name in ("nodes", "depth", "beam"):
-            if getattr(self, name) < 1:
-                raise InvalidValue(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not (0.0 <= self.threshold < 1.0 and 0.0 <= self.min_value < 1.0):
-            raise InvalidValue(
-                f"threshold and min_value must be at least 0 and below 1, got {self.threshold} and {self.min_value}"
-            )
-        if not 0.0 <= self.draft_temperature < float("inf"):
-            raise InvalidValue(f"draft_temperature must be 0 (the target's) or more, got {self.draft_temperature}")
-        self.level_widths()
-
-    def level_widths(self) -> list[int]:
-        """`widths` as numbers. Raises InvalidValue for text that is none."""
-        parts = self.widths.split("-")
-        if not all(part.isdecimal() and int(part) > 0 for part in parts):
-            raise InvalidValue(f"widths must be numbers from 1 on, joined by '-', got {self.widths!r}: e.g. 3-2-1-1")
-        return [int(part) for part in parts]
-
-
-def make_policy(settings: TreeSettings, sampling: SamplingParams, costs: CostCurve | None = None) -> TreePolicy:
-    """The policy that settings name, `auto` meaning the one for a language model as the draft.
-
-    costs: what calls cost on this machine; Sequoia takes a smaller tree where it pays better. Raises InvalidValue for a
-    calibration that was measured at other temperatures.
-    """
-    found = (
-        Calibration.load(Path(settings.calibration), conditions(settings, sampling)) if settings.calibration else None
-    )
-    table = None if found is None else found.table
-    nodes, depth = settings.nodes, settings.depth
-    match settings.policy:
-        case "chain":
-            return ChainPolicy(min(nodes, depth))
-        case "fixed":
-            return FixedWidthsPolicy(settings.level_widths(), replacement=settings.replacement)
-        case "sequoia":
-            p = None if found is None else found.sequoia
-            if costs is None:
-                return SequoiaPolicy(nodes, depth, p=p)
-            return SequoiaPolicy(nodes, depth, p=p, t_draft=costs.draft_step, t_target=costs.t_verify)
-        case "dyspec_threshold":
-            threshold = settings.threshold or None
-            return DySpecThresholdPolicy(nodes, depth, threshold=threshold, adaptive=settings.adaptive, table=table)
-        case "eagle2":
-            return Eagle2Policy(nodes, depth, beam=settings.beam)
-        case _:
-            return DySpecPolicy(nodes, depth, table=table, min_value=settings.min_value)
-
-
-def conditions(settings: TreeSettings, sampling: SamplingParams) -> dict[str, float | bool]:
-    """What a calibration must have been measured at to hold for a decoder."""
-    drawn = not sampling.greedy or settings.draft_temperature > 0
-    draft = settings.draft_temperature or sampling.temperature
-    return {"temperature": sampling.temperature, "draft_temperature": draft, "drawn": drawn}
 
 
 @dataclass

@@ -55,7 +55,7 @@ class Eagle2Policy(TreePolicy):
             more = (score.unsqueeze(-1) + more).flatten(1)
             scores.append(more)
             tokens.append(found.flatten(1))
-            parents.append(place.repeat_interleave(k, 1))
+            parents.append(place.unsqueeze(-1).expand(-1, -1, k).flatten(1))
             score, best = more.topk(k, -1)
             token = tokens[-1].gather(1, best)
             number = 1 + k * (level - 1) + best // k

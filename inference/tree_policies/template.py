@@ -92,11 +92,11 @@ class TemplatePolicy(TreePolicy):
             if not laws:
                 law = source.root().unsqueeze(1)
             else:
-                at = level.inside.to(device)
-                law = source.expand(tokens[-1][:, at], level.parent.to(device).expand(batch, -1))
+                at = level.inside.to(device, non_blocking=True)
+                law = source.expand(tokens[-1][:, at], level.parent.to(device, non_blocking=True).expand(batch, -1))
             laws.append(law)
             children = self._children(law, level, u)
-            pick = level.pick.to(device)
+            pick = level.pick.to(device, non_blocking=True)
             tokens.append(children.tokens.view(batch, -1)[:, pick])
             share.append(children.share.view(batch, -1)[:, pick])
         shape = plan.shape

@@ -22,12 +22,13 @@ from torch.utils.data import DataLoader
 from draftsmith.data.batches import TokenBatch
 from draftsmith.inference import metrics
 from draftsmith.inference.decoders.autoregressive import AutoregressiveDecoder
-from draftsmith.inference.decoders.tree import TreeDecoder, TreeSettings
+from draftsmith.inference.decoders.tree import TreeDecoder
 from draftsmith.inference.drafters.eagle import EagleTreeDrafter
 from draftsmith.inference.hf_adapter import HFEngine
 from draftsmith.inference.nets.eagle_head import EagleHead
 from draftsmith.inference.requests import TokenRequest
 from draftsmith.inference.tree_policies.chain import ChainPolicy
+from draftsmith.inference.tree_settings import TreeSettings
 from draftsmith.modules.eagle_drafter import EagleDrafter
 from draftsmith.modules.eagle_metrics import StepMeans, by_step
 from draftsmith.modules.eagle_target import EagleSizes, EagleTarget

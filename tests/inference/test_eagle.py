@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from draftsmith.inference import couplings, load, registry
-from draftsmith.inference.decoders.tree import TreeDecoder, TreeSettings
+from draftsmith.inference.decoders.tree import TreeDecoder
 from draftsmith.inference.drafters.eagle import EagleTreeDrafter
 from draftsmith.inference.errors import InvalidState, InvalidType, InvalidValue
 from draftsmith.inference.hf_adapter import HFEngine
@@ -21,6 +21,7 @@ from draftsmith.inference.requests import TokenRequest
 from draftsmith.inference.sampling import SamplingParams
 from draftsmith.inference.tree_policies.chain import ChainPolicy
 from draftsmith.inference.tree_policies.fixed_widths import FixedWidthsPolicy
+from draftsmith.inference.tree_settings import TreeSettings
 from tests.fakes import chi_square
 from tests.tiny import add_manifest, lm, write_lm
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from draftsmith.inference import registry
-from draftsmith.inference.decoders.tree import TreeDecoder, TreeSettings
+from draftsmith.inference.decoders.tree import TreeDecoder
 from draftsmith.inference.drafters.medusa import MedusaTreeDrafter, read_medusa
 from draftsmith.inference.errors import InvalidState, InvalidType, InvalidValue
 from draftsmith.inference.formats import DrafterRecord, MedusaFields, medusa
@@ -16,6 +16,7 @@ from draftsmith.inference.requests import TokenRequest
 from draftsmith.inference.sampling import SamplingParams
 from draftsmith.inference.tree_policies.chain import ChainPolicy
 from draftsmith.inference.tree_policies.fixed_widths import FixedWidthsPolicy
+from draftsmith.inference.tree_settings import TreeSettings
 from tests.tiny import lm, write_lm
 
 SIZES = MedusaConfig(heads=3, layers=2, hidden_size=32, vocab_size=40)

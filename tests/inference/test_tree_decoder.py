@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from draftsmith.inference import metrics, registry
+from draftsmith.inference import metrics, registry, tree_verification
 from draftsmith.inference.decoders.session import ContextWarning
-from draftsmith.inference.decoders.tree import POLICIES, TreeDecoder, TreeSettings
+from draftsmith.inference.decoders.tree import TreeDecoder
 from draftsmith.inference.drafters.tree_base import Accepted, TreeTask
 from draftsmith.inference.drafters.tree_model import TreeModelDrafter
 from draftsmith.inference.errors import InvalidValue
@@ -25,8 +25,10 @@ from draftsmith.inference.tree_calibration import CALIBRATION_FILE, Calibrator
 from draftsmith.inference.tree_policies.chain import ChainPolicy
 from draftsmith.inference.tree_policies.dyspec import DySpecPolicy
 from draftsmith.inference.tree_policies.fixed_widths import FixedWidthsPolicy
+from draftsmith.inference.tree_settings import POLICIES, TreeSettings
 from tests.engines import SIZES, tiny_hf
 from tests.fakes import markov, near, requests_for
+from tests.inference.test_sync import counted
 
 RAGGED = ((1,), (2, 3), (4, 5, 1), (1, 2, 3, 4), (5, 5, 5, 1, 2))
 SAMPLED = SamplingParams(temperature=1.0)
@@ -321,3 +323,25 @@ def test_bad_settings(settings: dict[str, Any], message: str) -> None:
     target = markov(8)
     with pytest.raises(InvalidValue, match=message):
         registry.build("tree", {"target": target, "draft": near(target)}, settings=settings)
+
+
+@pytest.mark.parametrize("policy", ["chain", "fixed", "sequoia", "eagle2"])
+@pytest.mark.parametrize("sampling", [SamplingParams(), SAMPLED, SamplingParams(temperature=0.8, presence_penalty=0.5)])
+def test_one_synchronisation_a_round_where_the_walk_may_not_wait(
+    policy: str, sampling: SamplingParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on an accelerator: the walk makes as many steps as the tree could need, and its outcome is the same."""
+    target = markov(8, 2, seed=2)
+    parts = {"target": target, "draft": near(target, noise=0.3)}
+    requests = requests_for(RAGGED, 5, 10)
+
+    settings = {"policy": policy, "nodes": 6, "depth": 3}
+    decoder = registry.build("tree", parts, sampling=sampling, settings=settings, seed=2)
+    want = decoder.decode(requests)
+    monkeypatch.setattr(tree_verification._Walk, "go_on", lambda walk, still: True)
+    monkeypatch.setattr(Tree, "check", lambda tree: None)  # once a call, it waits
+    with counted() as seen:
+        got = decoder.decode(requests)
+    assert got.output == want.output and got.rounds.examined == want.rounds.examined
+    rounds = max(got.rounds.row.count(row) for row in range(5))
+    assert seen == ["tolist"] * rounds

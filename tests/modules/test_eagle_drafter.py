@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from draftsmith.data.batches import TokenBatch
-from draftsmith.inference.decoders.tree import TreeDecoder, TreeSettings
+from draftsmith.inference.decoders.tree import TreeDecoder
 from draftsmith.inference.drafters.eagle import EagleTreeDrafter
 from draftsmith.inference.errors import InvalidState, InvalidValue
 from draftsmith.inference.hf_adapter import HFEngine
 from draftsmith.inference.requests import TokenRequest
 from draftsmith.inference.tree_policies.chain import ChainPolicy
+from draftsmith.inference.tree_settings import TreeSettings
 from draftsmith.modules.eagle_drafter import EagleDrafter
 from draftsmith.modules.eagle_metrics import StepMeans
 from draftsmith.modules.eagle_rollout import rollout
