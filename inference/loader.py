@@ -105,12 +105,12 @@ def load(
         if manifest.seal is None and not sealing:
             raise InvalidValue(f"{directory} has no parity seal: its export did not finish, export the run again")
         verify_files(directory, manifest, hashes=verify)
-    if not (directory / "config.json").is_file():
+    kind = manifests.KINDS[manifest.kind if manifest else PLAIN_KIND]
+    if not (directory / kind.config).is_file():
         refuse_pickles(directory)
         raise InvalidValue(
-            f"{directory} holds neither {manifests.MANIFEST_FILE} nor config.json: not an export, not a model"
+            f"{directory} holds neither {manifests.MANIFEST_FILE} nor {kind.config}: not an export, not a model"
         )
-    kind = manifests.KINDS[manifest.kind if manifest else PLAIN_KIND]
     module, _, function = kind.load.partition(":")
     loader: Callable[..., Engine] = getattr(importlib.import_module(module), function)
     part = loader(directory, engine=engine, dtype=dtype or "auto", device=device)

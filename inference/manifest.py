@@ -32,6 +32,7 @@ class Kind:
     roles: tuple[str, ...]  # roles in a decoder that such an export may play
     couplings: tuple[str, ...]  # fields of `Couplings` that the manifest must state (not null)
     load: str  # "module:function"; function(path, *, engine, dtype, device) -> the part that decoders take
+    config: str = "config.json"  # the file of the net's own configuration
 
 
 KINDS: dict[str, Kind] = {
@@ -50,6 +51,14 @@ KINDS: dict[str, Kind] = {
             ("draft",),
             ("vocab_size", "target"),
             "draftsmith.inference.load_engine:load_engine",
+        ),
+        Kind(
+            "adapter",
+            "a LoRA adapter in the PEFT layout: with the base model that it names, a target",
+            ("target",),
+            ("vocab_size", "target"),
+            "draftsmith.inference.load_adapter:load_adapter",
+            config="adapter_config.json",  # with a config.json beside it transformers would look for a whole model
         ),
         Kind(
             "eagle",

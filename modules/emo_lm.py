@@ -108,7 +108,8 @@ class EMOLM(LM):
                 less memory.
             chunk_rows: positions that go through the head at once; null chooses. More is faster and takes
                 chunk_rows x vocabulary x 8 bytes.
-            lora: train adapters of this size instead of the weights (extra `lora`); the export has them merged.
+            lora: train adapters of this size instead of the weights (extra `lora`); the export has them merged, or is
+                the adapter alone (`--adapter`).
         """
         super().__init__(model, optim, gradient_checkpointing, chunk_rows)
         self.emo = EMOConfig.of(emo)
@@ -221,14 +222,24 @@ class EMOLM(LM):
         if self.costs is not None and _COSTS in checkpoint:
             self.costs = replace(self.costs, unit=checkpoint[_COSTS])
 
-    def export_spec(self) -> ExportSpec:
-        """As `LM.export_spec`, with the objective noted; the costs are not exported."""
+    def export_spec(self, adapter: bool = False) -> ExportSpec:
+        """As `LM.export_spec`, with the objective noted; the costs are not exported.
+
+        Args: adapter: of a run with LoRA the adapters alone (kind "adapter"), not merged into the weights.
+        Raises InvalidValue when there is no adapter, or no base model that it could be put onto.
+        """
         spec = super().export_spec()
         said = {key: getattr(self.emo, key) for key in ("mode", "ratio", "limit", "costs")}
         if os.path.isabs(said["costs"]):
             said["costs"] = os.path.basename(said["costs"])  # an export says no paths of the machine that trained it
-        model = spec.model if self.lora is None else merged(spec.model)
-        return replace(spec, model=model, trained={**spec.trained, "emo": said})
+        spec = replace(spec, trained={**spec.trained, "emo": said})
+        if self.lora is None and adapter:
+            raise InvalidValue("--adapter: the run has no model.lora, its weights are whole: leave --adapter out")
+        if adapter and self.spec.path is None:
+            raise InvalidValue("--adapter: the run's base has random weights and no directory: leave --adapter out")
+        if adapter:
+            return replace(spec, kind="adapter", target_dir=self.spec.path)
+        return spec if self.lora is None else replace(spec, model=merged(spec.model))
 
 
 def _cost(stats: HeadStats) -> Tensor:

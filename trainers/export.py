@@ -32,7 +32,7 @@ from draftsmith.inference.manifest import Couplings, Manifest, Provenance, Seal,
 from draftsmith.inference.nets.eagle_head import EagleHead
 from draftsmith.inference.rng import uniform
 from draftsmith.modules.export_spec import ExportSpec
-from draftsmith.trainers import export_eagle, runs
+from draftsmith.trainers import export_adapter, export_eagle, runs
 from draftsmith.trainers.provenance import collect
 from draftsmith.trainers.strategies import read_state
 
@@ -69,6 +69,7 @@ def export_run(
     dtype: str | None = None,
     kind: str | None = None,
     target: str | Path | None = None,
+    adapter: bool = False,
     overwrite: bool = False,
 ) -> dict[Path, Manifest]:
     """Export a checkpoint of a run folder, rebuilt from the run's own config.yaml; returns what was written where.
@@ -80,18 +81,22 @@ def export_run(
         which: "best", "last" or the path of a checkpoint; None: best, or last in a run that never validated.
         draft: one of several drafts; None: all of them.
         kind, target: instead of what the module says of itself.
+        adapter: of a run with LoRA the adapter alone, in the PEFT layout; `target` is then its base model.
     """
     checkpoint.check_destination(Path(out), overwrite=overwrite)  # before minutes of work
+    adapter = adapter or kind == "adapter"
+    if adapter and (kind or "adapter") != "adapter":
+        raise InvalidValue(f"--adapter writes kind 'adapter', not {kind!r}: leave --kind out")
     run = runs.existing(str(run))
     module = rebuild(run, which)
-    if draft is None and len(getattr(module, "draft_keys", ())) > 1:
+    if draft is None and not adapter and len(getattr(module, "draft_keys", ())) > 1:
         from draftsmith.trainers.export_drafts import export_drafts  # which imports this file
 
         if kind or target:
             raise InvalidValue("--kind and --target go with one draft: name it with --draft KEY")
         made = export_drafts(module, out, dtype=dtype, overwrite=overwrite, provenance=run_provenance(run))
         return {Path(out) / key: manifest for key, manifest in made.items()}
-    spec = _spec(module, draft)
+    spec = _spec(module, draft, adapter)
     spec = replace(spec, kind=kind or spec.kind, target_dir=str(target) if target else spec.target_dir)
     provenance = run_provenance(run)
     return {Path(out): write(spec, out, dtype=dtype, overwrite=overwrite, provenance=provenance)}
@@ -139,9 +144,10 @@ def write(
                 tokens = seal_tokens(_rows(model), positions + 2)  # one more than pairs
                 export_eagle.save(model, DTYPES[dtype], directory, inputs, tokens)
             else:
-                _save(model, DTYPES[dtype], directory, inputs)
+                base = Path(str(spec.target_dir)) if spec.kind == "adapter" else None
+                _save(model, DTYPES[dtype], directory, inputs, base)
             _copy_tokenizer(spec.tokenizer_dir, directory)
-            config = checkpoint.read_json(directory / "config.json")
+            config = checkpoint.read_json(directory / manifests.KINDS[spec.kind].config)
             unsealed = replace(draft, config=config, files=checkpoint.hash_files(directory))
             _write_manifest(unsealed, directory)
             final.append(replace(unsealed, seal=run_seal(directory, inputs)))
@@ -273,8 +279,11 @@ def _rows(model: Any) -> int:
     return rows
 
 
-def _save(model: Any, dtype: torch.dtype, directory: Path, inputs: Path) -> None:
-    """Write the model into `directory`, and the seal's tokens with the training class's logits into `inputs`."""
+def _save(model: Any, dtype: torch.dtype, directory: Path, inputs: Path, base: Path | None = None) -> None:
+    """Write the model into `directory`, and the seal's tokens with the training class's logits into `inputs`.
+
+    base: write the adapters alone, which a reader puts onto the model of this directory.
+    """
     from safetensors.torch import save_file
 
     name, served = type(model).__name__, str(dtype).removeprefix("torch.")
@@ -288,10 +297,15 @@ def _save(model: Any, dtype: torch.dtype, directory: Path, inputs: Path) -> None
         model = copy.deepcopy(model)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype).float()
+        if base is not None:
+            export_adapter.restore_base(model, base)
         arrays["float32"], said["float32"] = reference_logits(model, tokens), f"{name} with the stored weights"
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
     save_file(arrays, inputs, metadata=said)
+    if base is not None:
+        export_adapter.save(model, base, directory)
+        return
     with _for_generation(model), _no_progress_bars():
         model.save_pretrained(directory, max_shard_size=_SHARD)
 
@@ -353,7 +367,11 @@ def _write_manifest(manifest: Manifest, directory: Path) -> None:
     (directory / manifests.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
 
 
-def _spec(module: Exportable, draft: str | None) -> ExportSpec:
+def _spec(module: Exportable, draft: str | None, adapter: bool = False) -> ExportSpec:
+    if adapter:
+        if "adapter" not in inspect.signature(module.export_spec).parameters:
+            raise InvalidValue(f"{type(module).__name__} trains no adapter: leave --adapter out")
+        return module.export_spec(adapter=True)  # type: ignore[call-arg]  # modules with LoRA take it
     if draft is None:
         return module.export_spec()
     if "draft" not in inspect.signature(module.export_spec).parameters:
@@ -402,7 +420,10 @@ def _parser() -> CommandParser:
     made.add_argument("--draft", metavar="KEY", help="one draft of a run that trained several (default: all)")
     made.add_argument("--dtype", choices=tuple(DTYPES), help="of the stored weights (default: as trained)")
     made.add_argument("--kind", choices=tuple(manifests.KINDS), help="default: what the run's module says")
-    made.add_argument("--target", metavar="DIR", help="kind drafter: the target that it was trained for")
+    made.add_argument(
+        "--target", metavar="DIR", help="kind drafter: the target that it was trained for; adapter: its base model"
+    )
+    made.add_argument("--adapter", action="store_true", help="of a run with LoRA the adapter alone (PEFT), not merged")
     made.add_argument("--overwrite", action="store_true", help="replace an export that is already there")
     return made
 
@@ -419,6 +440,7 @@ def main(argv: list[str]) -> int:
         dtype=given.dtype,
         kind=given.kind,
         target=given.target,
+        adapter=given.adapter,
         overwrite=given.overwrite,
     )
     print("\n\n".join(summary(path, manifest) for path, manifest in written.items()))

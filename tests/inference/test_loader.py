@@ -137,7 +137,7 @@ class TestRefused:
 
     def test_manifest_of_an_unknown_kind(self, copy: Path) -> None:
         edit(copy / MANIFEST_FILE, kind="filter")
-        refused(lambda: load(copy), "unknown manifest kind 'filter': choose one of drafter, lm")
+        refused(lambda: load(copy), "unknown manifest kind 'filter': choose one of adapter, drafter")
 
     def test_an_export_without_a_seal_loads_only_for_the_seal(self, copy: Path) -> None:
         edit(copy / MANIFEST_FILE, seal=None)

@@ -348,7 +348,7 @@ class TestNothingIsLeft:
         def write(**changes: Any) -> Callable[[], object]:
             return lambda: export.write(dataclasses.replace(spec, **changes), tmp_path / "x")
 
-        refused(write(kind="filter"), "unknown kind 'filter': choose one of drafter, lm")
+        refused(write(kind="filter"), "unknown kind 'filter': choose one of adapter, drafter, eagle")
         refused(write(model=torch.nn.Linear(2, 2)), "written from a transformers model, got Linear")
         refused(write(tokenizer_dir=str(tmp_path)), "holds no tokenizer files")
         refused(write(model=tiny.lm(vocab_size=299)), "has 300 ids, the head only 299 rows")
