@@ -371,6 +371,8 @@ def _spec(module: Exportable, draft: str | None, adapter: bool = False) -> Expor
     if adapter:
         if "adapter" not in inspect.signature(module.export_spec).parameters:
             raise InvalidValue(f"{type(module).__name__} trains no adapter: leave --adapter out")
+        if draft is not None:
+            raise InvalidValue(f"{type(module).__name__} has one adapter to export: leave --draft out")
         return module.export_spec(adapter=True)  # type: ignore[call-arg]  # modules with LoRA take it
     if draft is None:
         return module.export_spec()

@@ -192,7 +192,7 @@ def test_a_missing_version_is_another_version() -> None:
         ({"couplings__tokeniser_hash": HASH}, "did you mean 'couplings.tokenizer_hash'?"),
         ({"kind": ...}, "missing key 'kind'"),
         ({"couplings__trained": ...}, "missing key 'couplings.trained'"),
-        ({"kind": "draftor"}, "'draftor': choose one of adapter, drafter, eagle, lm, ngram-table; did you mean 'drafter'?"),
+        ({"kind": "draftor"}, "choose one of adapter, drafter, eagle, lm, ngram-table; did you mean 'drafter'?"),
         ({"kind": "filter"}, "unknown manifest kind 'filter'"),
         ({"dtype": "int4"}, "unknown dtype 'int4'"),
         ({"couplings__vocab_size": "300"}, "couplings.vocab_size must be an integer, got '300'"),

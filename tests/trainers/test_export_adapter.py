@@ -157,6 +157,8 @@ class TestRefusals:
             export._spec(whole, None, adapter=True)
         with pytest.raises(InvalidValue, match="LM trains no adapter: leave --adapter out"):
             export._spec(LM(HFModel(path=str(base))), None, adapter=True)
+        with pytest.raises(InvalidValue, match="has one adapter to export: leave --draft out"):
+            export._spec(whole, "main", adapter=True)
 
     def test_a_base_that_moved_is_found_beside_the_export_and_another_one_is_refused(
         self, base: Path, tmp_path: Path, instant_seal: None
