@@ -197,7 +197,7 @@ class Demo:
 
 
 def make_target(demo: Demo) -> None:
-    overrides = {**demo.texts("bpe:4096"), "trainer.precision": _precision(), **_steps(demo.settings.target_steps)}
+    overrides = {**demo.texts("bpe:4096"), "trainer.precision": precision(), **_steps(demo.settings.target_steps)}
     demo.fit("target", "demo/target", overrides, end=0.96)
     demo.draftsmith("export-target", ["export", str(demo.run("target")), str(demo.export("target")), "--overwrite"])
 
@@ -271,7 +271,7 @@ def distil_offline(demo: Demo) -> None:
         "data.text.length": length,
         "data.text.batch_size": batch,
         "trainer.max_steps": max(1, round(tokens / (length * batch))),
-        "trainer.precision": _precision(),
+        "trainer.precision": precision(),
     }
     demo.fit("offline", "demo/offline", overrides, end=0.7)
     words = ["export", str(demo.run("offline")), str(demo.export("offline")), "--checkpoint", "last", "--overwrite"]
@@ -316,7 +316,7 @@ def _steps(steps: int | None) -> dict[str, Any]:
     return {} if steps is None else {"trainer.max_steps": steps, "trainer.val_check_interval": steps}
 
 
-def _precision() -> str:
+def precision() -> str:
     """bf16 where the processor computes in it; elsewhere it would only be slower."""
     return "bf16-mixed" if "avx512_bf16" in _cpu_flags() or "amx_bf16" in _cpu_flags() else "32-true"
 
