@@ -1,7 +1,7 @@
 """Run by the vLLM environment's own Python (make vllm-test): serve a target with a draft, print tokens and counts.
 
 Reads one JSON object from standard input: target, draft (or null), method, tokens (draft length), prompts (token ids),
-max_new_tokens, and log (a file to append a request log to, or null). Prints one JSON object as its last line.
+max_new_tokens, max_model_len. Prints one JSON object on a line of its own, among the engine's.
 Imports neither draftsmith nor tests.
 """
 

@@ -104,7 +104,7 @@ def serve(target: Path, draft: Path | None, method: str | None) -> dict[str, Any
         env={**os.environ, **settings},
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    found: dict[str, Any] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"tokens"')))
     return found
 
 
