@@ -4,6 +4,7 @@ Everything runs through registry -> decode(). Laws are enumerated by full forwar
 own source. Seeds 0, 1, 2. Runs alone take about five minutes on one core.
 """
 
+import dataclasses
 import functools
 import gc
 import itertools
@@ -142,7 +143,8 @@ def test_law_of_exported_directories(name: str, setting: str, engine: str, expor
     parts = {role: load(path, engine=engine) for role, path in zip(("target", "draft"), exports[vocab], strict=True)}
     laws = [string_law(parts["target"].part, p, length, params, (STOP,)) for p in RAGGED]
     p_values, powers = [], []
-    batching = ["ragged", "lockstep"] if name != "autoregressive" else [None]
+    fields = {f.name for f in dataclasses.fields(registry.get(name).settings_type())}
+    batching = ["ragged", "lockstep"] if "batching" in fields else [None]
     for mode in batching:
         settings = None if mode is None else {**NEVER, "draft_length": 2, "batching": mode}
         for group, rows, prompts in ((5, 1500, RAGGED), (1, 400, RAGGED[1:2]), (6000, 6000, RAGGED)):
