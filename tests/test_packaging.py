@@ -120,7 +120,7 @@ def test_the_wheel_asks_for_inference_only(wheel: Path) -> None:
     lines = re.findall(r"^Requires-Dist: (.*)$", metadata, re.MULTILINE)
     base = requirement_names([line for line in lines if "extra ==" not in line])
     assert base == {"torch", "transformers", "safetensors", "numpy", "tokenizers"}
-    extras = {"train", "deepspeed", "lora", "mauve", "dev"}
+    extras = {"train", "deepspeed", "lora", "mauve", "interop", "dev"}
     assert set(re.findall(r"^Provides-Extra: (.*)$", metadata, re.MULTILINE)) == extras
 
 
