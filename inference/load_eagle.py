@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from draftsmith.inference import manifest as manifests
 from draftsmith.inference.checkpoint import read_json, weight_files
 from draftsmith.inference.drafters.eagle import EagleTreeDrafter
 from draftsmith.inference.errors import InvalidValue
+from draftsmith.inference.formats.convert import read_drafter
 from draftsmith.inference.load_engine import DTYPES
 from draftsmith.inference.nets.eagle_head import EagleConfig, EagleHead, load_tensors
 from draftsmith.inference.tree_policies.eagle2 import Eagle2Policy
@@ -39,15 +41,26 @@ def load_eagle(
 def read_head(directory: Path, dtype: str = "auto") -> EagleHead:
     """The head of an export directory, in eval mode. Raises as `load_eagle`."""
     config = read_json(directory / "config.json")
-    if "eagle" not in config:
-        raise InvalidValue(f"{directory}: config.json describes no EAGLE head (key 'eagle')")
-    head = EagleHead(EagleConfig.from_json(config["eagle"], str(directory / "config.json")))
     tensors: dict[str, Tensor] = {}
-    for file in weight_files(directory):
-        tensors |= load_file(file)
+    if "eagle" in config:
+        head = EagleHead(EagleConfig.from_json(config["eagle"], str(directory / "config.json")))
+        for file in weight_files(directory):
+            tensors |= load_file(file)
+    else:  # the format of another engine
+        record = read_drafter(directory, target_layers=_depth(directory))
+        if not isinstance(record.fields, EagleConfig):
+            raise InvalidValue(f"{directory}: config.json describes no EAGLE head (key 'eagle'), but {record.format}")
+        head, tensors = EagleHead(record.fields), dict(record.tensors)
     head.to(tensors["fc.weight"].dtype if dtype == "auto" and "fc.weight" in tensors else DTYPES.get(dtype))
     load_tensors(head, tensors, str(directory))
     return head.eval().requires_grad_(False)
+
+
+def _depth(directory: Path) -> int | None:
+    """The target's depth by the manifest: formats that leave the states out read 2, L//2, L-3 (EAGLE-1: L)."""
+    found = manifests.read(directory)
+    aux = found.couplings.aux_layers if found is not None else None
+    return None if aux is None else aux.layers[-1] + (3 if len(aux.layers) > 1 else 0)
 
 
 @torch.inference_mode()

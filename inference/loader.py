@@ -105,7 +105,7 @@ def load(
         if manifest.seal is None and not sealing:
             raise InvalidValue(f"{directory} has no parity seal: its export did not finish, export the run again")
         verify_files(directory, manifest, hashes=verify)
-    kind = manifests.KINDS[manifest.kind if manifest else PLAIN_KIND]
+    kind = manifests.KINDS[manifest.kind if manifest else _plain_kind(directory)]
     if not (directory / kind.config).is_file():
         refuse_pickles(directory)
         raise InvalidValue(
@@ -147,6 +147,15 @@ def check_pair(target: LoadedPart, draft: LoadedPart, allow_mismatch: bool = Fal
             f"{sentence}; the output stays exact, fewer tokens may be accepted", MismatchWarning, stacklevel=2
         )
     return shared
+
+
+def _plain_kind(directory: Path) -> str:
+    """The kind of a directory without a manifest: an EAGLE head in the format of another engine, or a model."""
+    if not (directory / "config.json").is_file():
+        return PLAIN_KIND
+    config = read_json(directory / "config.json")
+    eagle = "speculators_model_type" in config or isinstance(config.get("eagle"), dict)
+    return "eagle" if eagle or any("Eagle3" in str(name) for name in config.get("architectures") or ()) else PLAIN_KIND
 
 
 def _check_device(device: str) -> None:

@@ -63,3 +63,16 @@ def toy_record(config: EagleConfig | None = None, seed: int = 0, dtype: torch.dt
 def write_target(directory: Path, layers: int = LAYERS, vocab_size: int = VOCAB) -> Path:
     """A target of the toys' width, vocabulary and depth, without a tokenizer."""
     return write_lm(directory, tokenizer=False, layers=layers, width=WIDTH, vocab_size=vocab_size, max_length=128)
+
+
+VARIANTS: dict[str, EagleConfig] = {
+    "plain": toy_config(),
+    "target's embedding": toy_config(own_embedding=False),
+    "residual normed, one norm, normed output": toy_config(
+        norm_before_residual=True, norm_before_fc=True, norm_output=True, own_embedding=False
+    ),
+    "a norm each, qwen3, biases": toy_config(fc_norm=True, family="qwen3", attention_bias=True, mlp_bias=True),
+    "whole vocabulary": toy_config(draft_vocab_size=64),
+    "scaled rope": toy_config(rope={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}),
+    "eagle1": eagle1_config(),
+}

@@ -33,6 +33,7 @@ from draftsmith.inference.nets.eagle_head import EagleHead
 from draftsmith.inference.rng import uniform
 from draftsmith.modules.export_spec import ExportSpec
 from draftsmith.trainers import export_adapter, export_eagle, runs
+from draftsmith.trainers.export_format import WRITABLE, export_as
 from draftsmith.trainers.provenance import collect
 from draftsmith.trainers.strategies import read_state
 
@@ -426,6 +427,7 @@ def _parser() -> CommandParser:
         "--target", metavar="DIR", help="kind drafter: the target that it was trained for; adapter: its base model"
     )
     made.add_argument("--adapter", action="store_true", help="of a run with LoRA the adapter alone (PEFT), not merged")
+    made.add_argument("--format", choices=WRITABLE, help="write another engine's format (see draftsmith convert)")
     made.add_argument("--overwrite", action="store_true", help="replace an export that is already there")
     return made
 
@@ -434,16 +436,18 @@ def main(argv: list[str]) -> int:
     from draftsmith.inference.commands.show import summary
 
     given = _parser().parse_args(argv)
-    written = export_run(
-        given.run,
-        given.out,
-        which=given.checkpoint,
-        draft=given.draft,
-        dtype=given.dtype,
-        kind=given.kind,
-        target=given.target,
-        adapter=given.adapter,
-        overwrite=given.overwrite,
-    )
+    options: dict[str, Any] = {
+        "which": given.checkpoint,
+        "draft": given.draft,
+        "dtype": given.dtype,
+        "kind": given.kind,
+        "target": given.target,
+        "adapter": given.adapter,
+        "overwrite": given.overwrite,
+    }
+    if given.format is None:
+        written = export_run(given.run, given.out, **options)
+    else:
+        written = export_as(given.run, given.out, given.format, **options)
     print("\n\n".join(summary(path, manifest) for path, manifest in written.items()))
     return 0
