@@ -21,6 +21,9 @@ from draftsmith.inference.native import NativeEngine
 from draftsmith.inference.nets.causal_lm import CausalLM, CausalLMConfig
 from draftsmith.inference.requests import TokenRequest
 from draftsmith.inference.sampling import SamplingParams
+from draftsmith.modules.eagle_drafter import EagleDrafter
+from draftsmith.modules.eagle_target import EagleSizes, EagleTarget
+from draftsmith.modules.emo_lm import EMOLM, EMOConfig
 from draftsmith.modules.hf_model import FrozenTeacher, HFModel
 from draftsmith.modules.lm import LM
 from draftsmith.modules.losses.divergence import NEEDS_FULL_SUPPORT, ROW_LOSSES
@@ -140,6 +143,32 @@ def test_a_step_of_online_osd(loss: str, processed: bool) -> None:
         pytest.skip("refused at the step: infinite against laws with zeros")
     reads = learns(ready(OSDDrafter(draft=SMALL, loss=loss)), online(processed)).reads
     assert reads["number"] == 2 and reads["copy"] == 0
+
+
+@pytest.mark.parametrize("costs", ["head", "adaptive"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_of_emo(costs: str, checkpointing: bool) -> None:
+    module = EMOLM(SMALL, EMOConfig(costs=costs), gradient_checkpointing=checkpointing)
+    reads = learns(ready(module), text()).reads
+    assert reads["number"] == 2 and reads["copy"] == 0  # as in maximum likelihood
+    # the distinct labels of a chunk (one here; recomputed in backward it is read again)
+    assert reads["mask"] >= 1
+    if module.costs is not None:
+        assert module.costs.unit.device.type == "meta" and module.costs.unit.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "sizes", [EagleSizes(), EagleSizes(draft_vocab_size=40), EagleSizes(1)], ids=["all", "reduced", "eagle1"]
+)
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_step_of_eagle(sizes: EagleSizes, separate: bool) -> None:
+    module = EagleDrafter(SMALL, sizes, steps=2 if sizes.version == 3 else 1)
+    module.use_target(EagleTarget.of(hf()))
+    with HostReads():  # a reduced vocabulary is looked at
+        ready(module)
+    module.net.to(BF16)
+    reads = learns(module, text(separate)).reads
+    assert reads["copy"] == 0 and reads["number"] >= 2  # the guard, and whether there was a label
 
 
 def test_the_students_own_answers_are_written() -> None:

@@ -105,7 +105,9 @@ def build(cli: "TrainingCLI", run: Path, around: Any, env: Mapping[str, str], st
     """The subject of the checks from a parsed config. Raises as the classes of the config do."""
     from draftsmith.trainers.checks.subject import Subject
 
-    made = cli.parser.instantiate(cli.config)
+    config = cli.config.clone()
+    config.trainer.strategy = "auto"  # what a class refuses of its settings is for the checks to say
+    made = cli.parser.instantiate(config)
     return Subject(cli.config.trainer, made.checkpoint, made.model, made.data, run, env, around, starting)
 
 

@@ -12,9 +12,30 @@ from draftsmith.trainers.meta import StepTrace
 
 REPLICATED = 0  # the stage of single and ddp
 _DEFAULT_BUCKET = 500_000_000  # elements, DeepSpeed's reduce_bucket_size
+_DEFAULT_PREFETCH = 50_000_000  # ... and its stage3_prefetch_bucket_size
+_DEFAULT_LIVE = 1_000_000_000  # ... and its stage3_max_live_parameters
 _MASTER = 4  # bytes of a float32
 _MOMENTS = 2  # of AdamW, in the dtype of what it updates
 _TEMPORARIES = 2  # AdamW one tensor at a time: sqrt(v), and the denominator made of it
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A teacher whose body the ranks share under ZeRO-3 (ZeRO's partition_teacher)."""
+
+    body: int  # elements
+    head: int  # elements; whole on every rank
+    largest: int  # elements of a module's own parameters, which are gathered together
+    size: int  # bytes of an element
+
+    def held(self, world_size: int) -> int:
+        """Bytes that lie on a rank between two steps."""
+        return (-(-self.body // world_size) + self.head) * self.size
+
+    def gathered(self, world_size: int, zero: dict[str, Any]) -> int:
+        """Bytes while it runs: a module goes when it has run, and those that follow are fetched ahead."""
+        ahead = int(zero.get("stage3_prefetch_bucket_size", _DEFAULT_PREFETCH))
+        return min(self.body, self.largest + ahead, _live(zero)) * self.size if world_size > 1 else 0
 
 
 @dataclass(frozen=True)
@@ -27,7 +48,11 @@ class Load:
     weight_bytes: int  # of a parameter where it is replicated: 4, or 2 for weights kept in bf16
     compute_bytes: int  # of a parameter in the passes: 2 under bf16, else 4
     on_gpu: bool
-    teacher: int = 0  # bytes
+    frozen: int = 0  # elements of the trained networks that do not learn (below adapters)
+    frozen_bytes: int = 0  # of them where they are replicated
+    costs: int = 0  # bytes: EMO's token costs
+    teacher: int = 0  # bytes, whole
+    pieces: Pieces | None = None  # how the ranks would share it under ZeRO-3; None: each has a whole one
     serving: int = 0  # bytes: target, served copies and caches of the online loop, caches of written answers
 
 
@@ -55,7 +80,9 @@ def rank(load: Load, stage: int, world_size: int, zero: dict[str, Any] | None = 
 
     Args: stage: 0 (single or ddp), 1, 2 or 3. zero: the `zero_optimization` part of a DeepSpeed config (its buckets).
     """
-    frozen = {"teacher": load.teacher, "serving": load.serving}
+    shared = load.pieces if stage == 3 else None
+    teacher = load.teacher if shared is None else shared.held(world_size)
+    frozen = {"costs": load.costs, "teacher": teacher, "serving": load.serving}
     if stage == REPLICATED:
         return Rank(stage, world_size, _replicated_states(load) | frozen, _replicated_phases(load, world_size))
     settings = zero or {}
@@ -65,13 +92,15 @@ def rank(load: Load, stage: int, world_size: int, zero: dict[str, Any] | None = 
 
 def _replicated_states(load: Load) -> dict[str, int]:
     count = load.parameters
-    return {"weights": count * load.weight_bytes, "optimizer": count * _MOMENTS * load.weight_bytes}
+    weights = count * load.weight_bytes + load.frozen_bytes
+    return {"weights": weights, "optimizer": count * _MOMENTS * load.weight_bytes}
 
 
 def _replicated_phases(load: Load, world_size: int) -> dict[str, dict[str, int]]:
     gradients = load.parameters * load.weight_bytes
     held = {"gradients": gradients, "buffers": gradients if world_size > 1 else 0}  # DDP reduces copies of them
-    copies = load.parameters * load.compute_bytes if load.compute_bytes < load.weight_bytes else 0  # autocast's
+    every = load.parameters + load.frozen
+    copies = every * load.compute_bytes if load.compute_bytes < load.weight_bytes else 0  # autocast's
     backward = load.trace.backward() - load.trace.gradients
     return {
         # Lightning drops a step's gradients after the next forward pass
@@ -91,7 +120,7 @@ def _sharded_states(load: Load, stage: int, world_size: int, zero: dict[str, Any
     # a CPU rank has nowhere else to put what is offloaded
     stays = not load.on_gpu or (zero.get("offload_optimizer") or {}).get("device", "none") == "none"
     states = {
-        "weights": (load.parameters if stage < 3 else share) * load.compute_bytes,
+        "weights": _at_work(load) if stage < 3 else -(-_at_work(load) // world_size),
         "masters": share * _MASTER if stays else 0,  # a copy also where the weights are float32 themselves
         "optimizer": share * _MOMENTS * _MASTER if stays else 0,
     }
@@ -101,6 +130,16 @@ def _sharded_states(load: Load, stage: int, world_size: int, zero: dict[str, Any
         if load.on_gpu and (zero.get("offload_param") or {}).get("device", "none") != "none":
             states["weights"] = 0
     return states
+
+
+def _at_work(load: Load) -> int:
+    """Bytes of the trained networks as they compute."""
+    return (load.parameters + load.frozen) * load.compute_bytes
+
+
+def _live(zero: dict[str, Any]) -> int:
+    """Elements that ZeRO-3 keeps gathered at most."""
+    return int(zero.get("stage3_max_live_parameters", _DEFAULT_LIVE))
 
 
 def _bucket(load: Load, zero: dict[str, Any]) -> int:
@@ -120,9 +159,11 @@ def _sharded_phases(load: Load, stage: int, world_size: int, zero: dict[str, Any
     bucket, size = _bucket(load, zero), _bucket_size(zero)
     temporaries = (1 if load.on_gpu else _TEMPORARIES) * share * _MASTER
     if stage == 3:
-        gathered = load.parameters * load.compute_bytes if world_size > 1 else 0  # alone a rank has all of them
+        # alone a rank has all of them
+        gathered = min(_at_work(load), _live(zero) * load.compute_bytes) if world_size > 1 else 0
+        teacher = 0 if load.pieces is None else load.pieces.gathered(world_size, zero)  # it runs before the others
         return {
-            "forward": {"activations": trace.forward, "gathered": gathered},
+            "forward": {"activations": trace.forward, "gathered": max(gathered, teacher)},
             "backward": {"activations": max(0, trace.backward(0.0)), "gathered": gathered},
             # reduce-scatter joins the bucket's parts in a copy, and gloo reduces a copy of that
             "reduction": {"gathered": gathered, "temporaries": bucket if load.on_gpu else 2 * bucket},

@@ -1,13 +1,14 @@
 """Runs steps on the `meta` device: shapes and dtypes without data, so that a step of any size is looked at in seconds.
 
-What needs data is answered as a worst case: every position of a mask counts, every number read is finite. Attention
-takes the fused kernel where the real device would, since the plain one stores a T x T matrix that real runs do not.
+What needs data is answered as a worst case: every position of a mask counts, every number read is finite, of several
+ids all but one differ (a repeat is what makes callers keep a copy). Attention takes the fused kernel where the real
+device would, since the plain one stores a T x T matrix that real runs do not.
 Limits: memory that a kernel takes for itself is not seen, and work that depends on values follows the answers.
 """
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,6 +63,11 @@ class HostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
         if func is aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1]):
             self.reads["mask"] += 1
             args = (tensor, _whole(args[1]))
+        if func is aten._unique2.default:
+            self.reads["mask"] += 1
+            distinct = tensor.new_empty(max(tensor.numel() - 1, min(tensor.numel(), 1)))
+            places = torch.empty(tensor.shape, dtype=torch.int64, device="meta")
+            return self.seen((distinct, places, distinct.new_empty(0, dtype=torch.int64)))
         return self.seen(func(*args, **kwargs))
 
     def seen(self, result: Any) -> Any:
@@ -198,16 +204,18 @@ class _LiveBytes(HostReads):  # type: ignore[no-untyped-call]  # as above
 
 
 def trace_step(
-    loss: Callable[[], Tensor], trained: Sequence[nn.Module], frozen: Sequence[nn.Module], device: str
+    loss: Callable[[], Tensor], trained: Sequence[nn.Module], held: Iterable[Tensor], device: str
 ) -> StepTrace:
-    """One forward and backward pass on the meta device. `loss` makes a scalar; all modules lie on `meta`."""
+    """One forward and backward pass on the meta device. `loss` makes a scalar; all modules lie on `meta`.
+
+    Args: held: what lies there beside the trained networks (a teacher's weights), and is no part of the step.
+    """
     trace = StepTrace()
     mode = _LiveBytes(trace)
     parameters = list({id(p): p for net in trained for p in net.parameters()}.values())
     trace.parameters = sum(p.numel() * p.element_size() for p in parameters)
-    for net in (*trained, *frozen):
-        for tensor in (*net.parameters(), *net.buffers()):
-            mode.skip(tensor)
+    for tensor in (*held, *(t for net in trained for t in (*net.parameters(), *net.buffers()))):
+        mode.skip(tensor)
     hooks = []
     for p in parameters:
         if p.requires_grad:

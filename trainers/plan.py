@@ -152,7 +152,7 @@ def _own(argv: list[str]) -> tuple[list[str], Options]:
 
 def make(given: "Given", options: Options) -> Plan:
     """The plan of the run that `given` describes. Raises as its config's classes do."""
-    from draftsmith.trainers import doctor, networks, workload
+    from draftsmith.trainers import doctor, workload
     from draftsmith.trainers.checks import storage
     from draftsmith.trainers.memory import rank
     from draftsmith.trainers.one_line import one_line
@@ -166,7 +166,7 @@ def make(given: "Given", options: Options) -> Plan:
     load = workload.load(subject, device)
     zero = (subject.deepspeed or {}).get("zero_optimization", {})
     ranks = [rank(load, stage, world_size, _settings(stage, zero)) for stage in range(4)]
-    counts = {prefix.rstrip("."): networks.parameter_count(net) for prefix, net in subject.nets.items()}
+    counts = workload.parameters(subject)
     steps, why = workload.steps(subject, world_size)
     if why:
         notes.append(why)
@@ -178,10 +178,9 @@ def make(given: "Given", options: Options) -> Plan:
         notes.append("hours are left out: --measure runs a few steps here, --step-seconds X takes what you measured")
     if device != "cpu":
         notes.append("memory on a GPU is computed, not measured; add about 1 GiB for CUDA, NCCL and its allocator")
-    one = storage.checkpoint_bytes(subject)
-    best = 0 if subject.checkpoint.monitor is None else 4 * subject.parameters
+    one, best = storage.checkpoint_bytes(subject), storage.best_bytes(subject)
     return Plan(
-        networks=counts | workload.frozen_parameters(subject),
+        networks=counts,
         world_size=world_size,
         device=device,
         strategy=subject.strategy,
@@ -256,7 +255,7 @@ def _print(plan: Plan) -> None:
         console.print(f"{name:<22} {count / 1e6:,.1f} M parameters")
     table = Table(box=None, pad_edge=False, title_justify="left", header_style="bold")
     kinds = ["weights", "masters", "optimizer", "gradients", "activations", "gathered", "buffers", "temporaries"]
-    kinds += ["teacher", "serving"]
+    kinds += ["costs", "teacher", "serving"]
     shown = [kind for kind in kinds if any(_part(r, kind) for r in plan.ranks)]
     for column in ("", *shown, "peak", "in the"):
         table.add_column(column, justify="right" if column not in ("", "in the") else "left")

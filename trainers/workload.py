@@ -1,21 +1,24 @@
 """What a config trains on, as far as `draftsmith plan` needs it: a batch on the meta device, tokens, steps, serving."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from draftsmith.data.batches import OnlineBatch, TokenBatch
 from draftsmith.data.online_data import OnlineDataModule
+from draftsmith.data.teacher_states import StateBatch, TeacherStatesModule
 from draftsmith.data.text import TextDataModule
 from draftsmith.inference.decoders.speculative import SpeculativeSettings
 from draftsmith.inference.errors import InvalidType, InvalidValue
+from draftsmith.modules.eagle_drafter import EagleDrafter
 from draftsmith.modules.hf_model import DTYPES, HFModel
 from draftsmith.modules.lm import LM
 from draftsmith.modules.osd_drafter import OSDDrafter
 from draftsmith.trainers import networks
 from draftsmith.trainers.checks.subject import Subject
-from draftsmith.trainers.memory import Load
+from draftsmith.trainers.memory import Load, Pieces
 from draftsmith.trainers.meta import StepTrace, trace_step
 
 SERVED_TARGET = "served target"
@@ -24,44 +27,75 @@ SERVED_TARGET = "served target"
 def load(subject: Subject, device: str) -> Load:
     """What a rank carries. Builds the module on the meta device and traces one micro batch there."""
     low = str(subject.trainer.precision or "32-true").startswith(("bf16", "16"))
-    kept = all(spec.dtype == "float32" for spec in networks.trained(subject.module).values())
+    learns = [p for net in subject.nets.values() for p in networks.trained_parameters(net)]
+    rests = [p for net in subject.nets.values() for p in net.parameters() if not p.requires_grad]
+    kept = all(p.dtype == torch.float32 for p in learns)
     true = str(subject.trainer.precision).endswith("-true") and low
     compute = 2 if low or not kept else 4
-    parameters = [p for net in subject.nets.values() for p in net.parameters()]
-    trace = trace_batch(subject, "bfloat16" if compute == 2 else None, device)
-    spec = networks.teacher(subject.module)
-    return Load(
+    found = Load(
         parameters=subject.parameters,
-        largest=max(p.numel() for p in parameters),
-        trace=trace,
+        largest=max(p.numel() for p in learns),
+        trace=StepTrace(),
         weight_bytes=2 if true or not kept else 4,
         compute_bytes=compute,
         on_gpu=device != "cpu",
-        teacher=0 if spec is None else networks.parameter_bytes(networks.weightless(spec).build()),
+        frozen=networks.count(rests),
+        frozen_bytes=2 * networks.count(rests) if true else networks.size(rests),
+        costs=costs_bytes(subject),
+        teacher=networks.size(networks.teacher_tensors(subject.module)),
+        pieces=pieces(subject),
         serving=serving(subject),
+    )
+    # the trace comes last: it changes the networks' number format
+    return replace(found, trace=trace_batch(subject, torch.bfloat16 if compute == 2 else None, device))
+
+
+def costs_bytes(subject: Subject) -> int:
+    """Of the token costs of EMO, which every rank keeps."""
+    costs = networks.costs(subject.module)
+    return 0 if costs is None else networks.size([costs.unit])
+
+
+def pieces(subject: Subject) -> Pieces | None:
+    """The teacher as the ranks share it; None where each has a whole one."""
+    teacher = networks.teacher(subject.module)
+    if not subject.partition_teacher or teacher is None:
+        return None
+    modules = teacher.base_model.modules()
+    return Pieces(
+        body=networks.parameter_count(teacher.base_model),
+        head=networks.parameter_count(teacher.get_output_embeddings()),
+        largest=max(networks.count(m.parameters(recurse=False)) for m in modules),
+        size=teacher.dtype.itemsize,
     )
 
 
-def trace_batch(subject: Subject, dtype: str | None, device: str) -> StepTrace:
-    """One micro batch through loss and backward on the meta device. Changes the subject's module."""
-    module, nets = subject.module, networks.without_weights(subject.module, dtype)
-    batch = meta_batch(subject)
-    frozen: list[nn.Module] = []
-    if isinstance(module, OSDDrafter) and module.teacher is not None:
-        frozen.append(module.teacher.model)
+def trace_batch(subject: Subject, dtype: torch.dtype | None, device: str) -> StepTrace:
+    """One micro batch through loss and backward on the meta device, in `dtype`, to which it brings the networks."""
+    module, nets = subject.module, list(subject.nets.values())
+    if dtype is not None:
+        for net in nets:
+            net.to(dtype)
 
     def loss() -> Tensor:
+        batch = meta_batch(subject)
         if isinstance(batch, OnlineBatch):
             assert isinstance(module, OSDDrafter)
             return module.online_loss(batch).total
         if isinstance(module, OSDDrafter):
             return module.text_loss(batch).total
+        if isinstance(module, EagleDrafter):
+            return module.unroll(batch, statistics=False).total
         assert isinstance(module, LM)
         return module.loss(batch, statistics=False).total
 
     # one of several drafts learns in a step
-    trained = nets[:1] if isinstance(batch, OnlineBatch) else nets
-    return trace_step(loss, trained, [*frozen, *nets[len(trained) :]], device)
+    trained = nets[:1] if isinstance(subject.data, OnlineDataModule) else nets
+    costs = networks.costs(module)
+    held = [*networks.teacher_tensors(module), *([] if costs is None else [costs.unit])]
+    held += [t for net in nets[len(trained) :] for t in (*net.parameters(), *net.buffers())]
+    teacher = networks.teacher(module)
+    return trace_step(loss, trained, [*held, *([] if teacher is None else teacher.buffers())], device)
 
 
 def meta_batch(subject: Subject) -> TokenBatch | OnlineBatch:
@@ -69,13 +103,15 @@ def meta_batch(subject: Subject) -> TokenBatch | OnlineBatch:
     data = subject.data
     if isinstance(data, TextDataModule):
         shape = (data.text.batch_size, data.text.length)
-        return TokenBatch(
-            _meta(*shape),
-            _meta(*shape, dtype=torch.int8),
-            _meta(*shape, dtype=torch.int32),
-            _meta(shape[0]),
-            data.text.separate_documents,
-        )
+        masks = _meta(*shape, dtype=torch.int8), _meta(*shape, dtype=torch.int32)
+        fields = (_meta(*shape), *masks, _meta(shape[0]), data.text.separate_documents)
+        if not isinstance(data, TeacherStatesModule):
+            return TokenBatch(*fields)
+        head: Any = subject.nets["net."].config  # of an EAGLE head: what else reads states
+        layers, width = len(head.aux_layers) + 1, head.target_hidden_size
+        stored = torch.int8 if data.states.format == "int8" else torch.int16
+        scales = _meta(*shape, layers, dtype=torch.int32)
+        return StateBatch(*fields, states=_meta(*shape, layers, width, dtype=stored), scale_bits=scales)
     if isinstance(data, OnlineDataModule):
         records = data.buffer.interval + round(data.buffer.interval * data.buffer.replay)
         answer = data.traffic.max_new_tokens
@@ -116,7 +152,7 @@ def steps(subject: Subject, world_size: int) -> tuple[int | None, str]:
     if isinstance(data, TextDataModule):
         if data.text.streaming:
             epoch = data.text.batches_per_epoch
-        elif data.directory.is_dir():
+        elif data.directory.is_dir() and (not isinstance(data, TeacherStatesModule) or data.states_directory.is_dir()):
             data.setup("fit")
             epoch = len(data.train_dataloader()) // world_size
     elif isinstance(data, OnlineDataModule) and data.serve.limit is not None:
@@ -127,16 +163,20 @@ def steps(subject: Subject, world_size: int) -> tuple[int | None, str]:
     return (min(total, limit) if limit else total), ""
 
 
-def frozen_parameters(subject: Subject) -> dict[str, int]:
-    """Parameters of what a run holds without training it."""
+def parameters(subject: Subject) -> dict[str, int]:
+    """Parameters of every network of a run, by what it is there for."""
     found = {}
-    spec = networks.teacher(subject.module)
-    if spec is not None:
-        found["teacher"] = networks.parameter_count(networks.weightless(spec).build())
+    for prefix, net in subject.nets.items():
+        learns, name = networks.count(networks.trained_parameters(net)), prefix.rstrip(".")
+        found[name] = learns
+        if networks.parameter_count(net) > learns:
+            found[f"{name}, frozen"] = networks.parameter_count(net) - learns
+    teacher = networks.teacher_tensors(subject.module)
+    if teacher:
+        found["teacher"] = networks.count(teacher)
     if isinstance(subject.data, OnlineDataModule):
         found[SERVED_TARGET] = networks.parameter_count(_served_target(subject.data)[0])
-        copies = sum(2 * networks.parameter_count(net) for net in subject.nets.values())
-        found["served drafts (two copies each)"] = copies
+        found["served drafts (two copies each)"] = 2 * subject.stored
     return found
 
 
@@ -166,9 +206,9 @@ def serving(subject: Subject) -> int:
     if isinstance(module, OSDDrafter) and module.source != "teacher" and isinstance(data, TextDataModule):
         rows, length = data.text.batch_size, data.text.length
         found = sum(cache_bytes(net, rows, length) for net in subject.nets.values())
-        spec = networks.teacher(module)
-        if module.source == "mix_token" and spec is not None:
-            found += cache_bytes(networks.weightless(spec).build(), rows, length)
+        teacher = networks.teacher(module)
+        if module.source == "mix_token" and teacher is not None:
+            found += cache_bytes(teacher, rows, length)
         return found
     return 0
 

@@ -11,7 +11,7 @@ from draftsmith.data.chat import has_generation_tags
 from draftsmith.data.online_data import OnlineDataModule
 from draftsmith.data.text import TextDataModule
 from draftsmith.inference.errors import UserError
-from draftsmith.modules.hf_model import output_head
+from draftsmith.trainers import networks
 from draftsmith.trainers.checks.finding import Finding, error, ok, warning
 from draftsmith.trainers.checks.subject import Subject
 
@@ -55,7 +55,7 @@ def checks(subject: Subject) -> list[Finding]:
 
 def tokenizer(subject: Subject, vocab_size: int) -> Finding:
     """Every id has a row of the head."""
-    rows = min(output_head(net)[0].shape[0] for net in subject.nets.values())
+    rows = min(networks.token_rows(net) for net in subject.nets.values())
     if vocab_size > rows:
         return error(
             "tokenizer", f"the tokenizer has {vocab_size} ids and the head {rows} rows: set vocab_size to {vocab_size}"

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from draftsmith.trainers.checks.subject import Subject
 
 _PROBE_BYTES = 32 * 2**20  # written once, to see how fast the disk is
 _OVERHEAD_SECONDS = 3.0  # the running step, the agreement of the ranks, many small files
-_METHODS = {"net.": "LM", "nets.": "OSDDrafter"}  # how the keys of a checkpoint begin
+# how the keys of a checkpoint begin
+_METHODS = {"net.fc.": "EagleDrafter", "net.": "LM", "nets.": "OSDDrafter"}
 
 
 def checks(subject: Subject) -> list[Finding]:
@@ -34,31 +36,31 @@ def checks(subject: Subject) -> list[Finding]:
 
 
 def checkpoint_bytes(subject: Subject) -> int:
-    """Of one checkpoint that resuming needs, over all its files: weights and AdamW's two moments, in float32.
+    """Of one checkpoint that resuming needs, over all its files: weights, and AdamW's two moments of those that learn.
 
-    DeepSpeed stores the weights as the network computes with them, and its float32 masters beside.
+    All in float32. DeepSpeed stores the weights as the network computes with them, and float32 masters beside.
     """
-    count = subject.parameters
     if subject.deepspeed is None:
-        return 12 * count
+        return 4 * subject.stored + 8 * subject.parameters
     low = 2 if str(subject.trainer.precision).startswith(("bf16", "16")) else 4
-    return (12 + low) * count
+    return low * subject.stored + 12 * subject.parameters
+
+
+def best_bytes(subject: Subject) -> int:
+    """Of the best checkpoint: weights alone, in float32; 0 where none is kept."""
+    return 0 if subject.checkpoint.monitor is None else 4 * subject.stored
 
 
 def disk(subject: Subject) -> Finding:
     """Room for `keep` + 1 checkpoints (a new one is written before an old one goes) and for the best one."""
     one = checkpoint_bytes(subject)
-    best = (
-        0 if subject.checkpoint.monitor is None else 2 * 4 * subject.parameters
-    )  # it too is replaced, not overwritten
-    needed = (subject.checkpoint.keep + 1) * one + best
+    best = best_bytes(subject)
+    needed = (subject.checkpoint.keep + 1) * one + 2 * best  # it too is replaced, not overwritten
     here = subject.run / runs.CHECKPOINTS
     present = sum(f.stat().st_size for f in here.rglob("*") if f.is_file()) if here.is_dir() else 0
     free = shutil.disk_usage(_existing(subject.run)).free
     room = free + present
-    what = f"{subject.checkpoint.keep} + 1 checkpoints of {size(one)}" + (
-        f" and the best of {size(best / 2)}" * bool(best)
-    )
+    what = f"{subject.checkpoint.keep} + 1 checkpoints of {size(one)}" + (f" and the best of {size(best)}" * bool(best))
     if room < needed:
         fix = "free some, give --run on a larger disk, or lower checkpoint.keep"
         word = "not even one fits" if room < one else "too little"
@@ -173,9 +175,8 @@ def _misfit(subject: Subject, path: Path, found: dict[str, tuple[int, ...]]) -> 
         f"{prefix}{key}": tuple(v.shape) for prefix, net in subject.nets.items() for key, v in net.state_dict().items()
     }
     fix = "resume with the run's own config, or start another --run"
-    method = next((name for start, name in _METHODS.items() if any(key.startswith(start) for key in found)), "another")
-    if not any(key.startswith(tuple(subject.nets)) for key in found):
-        own = type(subject.module).__name__
+    method, own = _method(found), type(subject.module).__name__
+    if method != _method(wanted):
         return error("checkpoint", f"{path} is of another method ({method}; this config trains {own}): {fix}")
     for key, shape in wanted.items():
         if key not in found:
@@ -183,6 +184,10 @@ def _misfit(subject: Subject, path: Path, found: dict[str, tuple[int, ...]]) -> 
         if found[key] != shape:
             return error("checkpoint", f"{path} has {key} as {list(found[key])}, this config {list(shape)}: {fix}")
     return None
+
+
+def _method(keys: Iterable[str]) -> str:
+    return next((name for start, name in _METHODS.items() if any(key.startswith(start) for key in keys)), "unknown")
 
 
 def writable(folder: Path) -> bool:

@@ -3,6 +3,7 @@
 import socket
 
 from draftsmith.inference.errors import UserError
+from draftsmith.modules.eagle_drafter import EagleDrafter
 from draftsmith.trainers import networks
 from draftsmith.trainers.checks.finding import Finding, error, ok, warning
 from draftsmith.trainers.checks.subject import Subject
@@ -69,13 +70,45 @@ def deepspeed(subject: Subject) -> list[Finding]:
     drafts = getattr(subject.module, "draft_keys", ())
     if len(drafts) > 1:
         return [error("deepspeed", f"{len(drafts)} drafts cannot train under DeepSpeed: set trainer.strategy to ddp")]
+    fault = (_third_stage(subject) if zero["stage"] == 3 else None) or _partitioned_teacher(subject, zero["stage"])
+    if fault is not None:
+        return [error("deepspeed", fault)]
     return [ok("deepspeed", f"ZeRO stage {zero['stage']}" + (f", optimizer on {offload}" if offload != "none" else ""))]
+
+
+def _third_stage(subject: Subject) -> str | None:
+    """What ZeRO-3 cannot train."""
+    if isinstance(subject.module, EagleDrafter):
+        return "an EAGLE head is small and runs many times a step, which ZeRO-3 cannot: set trainer.strategy to zero2"
+    source = getattr(subject.module, "source", "teacher")
+    if source != "teacher":
+        return (
+            f"model.source {source} decodes in the training step, which ZeRO-3 cannot: set trainer.strategy to zero2, "
+            "or model.source to teacher"
+        )
+    return None
+
+
+def _partitioned_teacher(subject: Subject, stage: int) -> str | None:
+    """Why a teacher cannot be shared among the ranks."""
+    if not subject.partition_teacher:
+        return None
+    if stage < 3:
+        return f"partition_teacher needs ZeRO-3 and the stage is {stage}: take deepspeed/zero3, or set it to false"
+    if getattr(subject.module, "teacher_spec", None) is None:
+        return f"partition_teacher is set and {type(subject.module).__name__} has no teacher: set it to false"
+    if subject.has_callback("AcceptanceEval"):
+        return (
+            "AcceptanceEval decodes with the teacher, which one in pieces cannot: remove the callback, or set "
+            "partition_teacher to false"
+        )
+    return None
 
 
 def precision(subject: Subject) -> list[Finding]:
     """A number format that the networks bear."""
     asked = str(subject.trainer.precision or "32-true")
-    families = sorted({str(net.config.model_type) for net in subject.nets.values()})
+    families = sorted({networks.family(net) for net in subject.nets.values()})
     if asked.startswith("16"):
         unsafe = [name for name in families if name not in _FP16_SAFE]
         if unsafe:
@@ -87,11 +120,12 @@ def precision(subject: Subject) -> list[Finding]:
                 )
             ]
     found = [ok("precision", f"{asked} for {', '.join(families)}")]
-    for prefix, spec in networks.trained(subject.module).items():
-        if spec.dtype != "float32":
-            fix = "set its dtype to float32 and trainer.precision to bf16-mixed"
-            text = f"{prefix.rstrip('.')} keeps its weights in {spec.dtype}: AdamW's small steps vanish in it; {fix}"
-            found.append((error if spec.dtype == "float16" else warning)("weights", text))
+    for prefix, net in subject.nets.items():
+        for dtype in sorted({str(p.dtype).removeprefix("torch.") for p in networks.trained_parameters(net)}):
+            if dtype != "float32":
+                fix = "set its dtype to float32 and trainer.precision to bf16-mixed"
+                text = f"{prefix.rstrip('.')} keeps its weights in {dtype}: AdamW's small steps vanish in it; {fix}"
+                found.append((error if dtype == "float16" else warning)("weights", text))
     return found
 
 

@@ -4,18 +4,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch import nn
 
 from draftsmith.trainers import networks
 from draftsmith.trainers.callbacks.checkpoint import CheckpointConfig
 from draftsmith.trainers.checks.job import Job
 from draftsmith.trainers.strategies import ZERO, read_config
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -66,14 +64,29 @@ class Subject:
         """The DeepSpeed config; None for another strategy. Raises InvalidValue for one that cannot be used."""
         return deepspeed_config(self.trainer.strategy)
 
+    @property
+    def partition_teacher(self) -> bool:
+        """Whether ZeRO shall share the teacher's body among the ranks."""
+        asked = self.trainer.strategy
+        return not isinstance(asked, str) and bool(_get(_get(asked, "init_args"), "partition_teacher"))
+
+    def has_callback(self, name: str) -> bool:
+        """Whether the config names a callback of this class."""
+        return any(str(_get(callback, "class_path")).endswith(f".{name}") for callback in self.trainer.callbacks or ())
+
     @cached_property
-    def nets(self) -> "dict[str, PreTrainedModel]":
-        """The trained networks on the meta device, by the prefix of their keys in a checkpoint."""
-        return {prefix: networks.weightless(spec).build() for prefix, spec in networks.trained(self.module).items()}
+    def nets(self) -> dict[str, nn.Module]:
+        """The trained networks on the meta device, by the prefix of their keys in a checkpoint. Builds the module."""
+        return networks.without_weights(self.module)
 
     @property
     def parameters(self) -> int:
         """Trained parameters, tied ones once."""
+        return sum(networks.count(networks.trained_parameters(net)) for net in self.nets.values())
+
+    @property
+    def stored(self) -> int:
+        """Parameters that a checkpoint holds: the trained ones, and what is frozen below adapters."""
         return sum(networks.parameter_count(net) for net in self.nets.values())
 
 
