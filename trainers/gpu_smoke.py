@@ -6,6 +6,7 @@ is worth more than one of success. Without CUDA it says so and exits with 2.
 """
 
 import contextlib
+import dataclasses
 import subprocess
 import sys
 import tempfile
@@ -195,7 +196,9 @@ def decode_round(name: str, greedy: bool, device: str) -> str:
     """Rounds of a decoder wait for the device once each. Raises InvalidState when they wait more often."""
     parts = {role: engine(device) for role in registry.get(name).needs}
     sampling = SamplingParams() if greedy else SamplingParams(temperature=0.8, top_p=0.9)
-    settings = {} if name == "autoregressive" else {"draft_length": 4, "schedule": "constant", "fallback": "never"}
+    known = {f.name for f in dataclasses.fields(registry.get(name).settings_type())}
+    wished = {"draft_length": 4, "schedule": "constant", "fallback": "never"}
+    settings = {key: value for key, value in wished.items() if key in known}
     made = registry.build(name, parts, sampling=sampling, settings=settings, seed=0)
     requests = [TokenRequest((7, 8, 9) * 4, max_new_tokens=24, row_id=i) for i in range(2)]
     made.decode(requests)  # kernels are loaded, caches of tensors filled
@@ -209,8 +212,9 @@ def decode_round(name: str, greedy: bool, device: str) -> str:
     seconds = time.perf_counter() - begin
     rounds = max(by_row.values())
     first = 1  # the prompts go to the device once
-    if len(waits) > rounds + first:
-        raise InvalidState(f"{len(waits)} waits for the device in {rounds} rounds, one each is enough: {waits[0]}")
+    each = 2 if "adapt" in known else 1  # a table that learns reads what the target said, too
+    if len(waits) > each * rounds + first:
+        raise InvalidState(f"{len(waits)} waits for the device in {rounds} rounds, {each} each is enough: {waits[0]}")
     return f"{len(waits)} waits in {rounds} rounds, {1e3 * seconds / rounds:.2f} ms a round"
 
 

@@ -169,24 +169,27 @@ class AdedDecoder:
         """Update the keys of the nodes that the round committed, or of all nodes that the target looked at."""
         k = min(self.table.base.k, logits.shape[-1])
         if self._settings.learn == "committed":
-            nodes = verdict.path[:, : 1 + int(verdict.k.max())]
-            counts = (verdict.k + 1).tolist()
+            nodes, counts = verdict.path, verdict.k + 1
+            if logits.device.type == "cpu":  # elsewhere asking for the longest path would be one more wait
+                nodes = nodes[:, : int(counts.max())]
             logits = logits.gather(1, nodes.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
         else:
-            nodes = torch.arange(tree.width, device=logits.device).expand(tree.batch, -1)
-            counts = tree.size.tolist()
+            nodes, counts = torch.arange(tree.width, device=logits.device).expand(tree.batch, -1), tree.size
         top = logits.float().softmax(-1).topk(k, -1)
-        probs, tokens, chosen = top.values.tolist(), top.indices.tolist(), nodes.tolist()
-        ids, parent = tree.tokens.tolist(), tree.parent.tolist()
+        last = tree.tokens.gather(1, nodes)
+        before = tree.tokens.gather(1, tree.parent.gather(1, nodes).clamp_min(0))
+        key = torch.stack([counts.unsqueeze(1).expand_as(nodes), before, last], -1)
+        read = torch.cat([key.double(), top.indices.double(), top.values.double()], -1).tolist()  # one wait
         for b in live:
-            for j, node in enumerate(chosen[b][: counts[b]]):
-                if node:
-                    before = ids[b][parent[b][node]]
-                elif len(texts[b]) > 1:
-                    before = texts[b][-2]
-                else:
-                    continue  # a text of one token has no key
-                self.table.update(before, ids[b][node], tokens[b][j], probs[b][j])
+            for j, (count, before_, last_, *said) in enumerate(read[b]):
+                if j >= count:
+                    break
+                a = int(before_)
+                if j == 0:  # the root, behind whatever stands in the text before it
+                    if len(texts[b]) < 2:
+                        continue  # a text of one token has no key
+                    a = texts[b][-2]
+                self.table.update(a, int(last_), [int(t) for t in said[:k]], said[k:])
 
 
 def build(
