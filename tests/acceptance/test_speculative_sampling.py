@@ -41,7 +41,10 @@ RAGGED = ((1,), (2, 3), (4, 5, 1), (1, 2, 3, 4), (5, 5, 5, 1, 2))
 STOP = 0
 NEVER = {"fallback": "never"}
 
-pytestmark = pytest.mark.acceptance
+pytestmark = [
+    pytest.mark.acceptance,
+    pytest.mark.filterwarnings("ignore::draftsmith.inference.tree_calibration.EstimateWarning"),  # uncalibrated drafts
+]
 
 
 @pytest.fixture(autouse=True)
