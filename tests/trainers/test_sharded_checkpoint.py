@@ -15,7 +15,7 @@ from draftsmith.inference.errors import InvalidState, InvalidValue
 from draftsmith.trainers import runs, shards, strategies
 from draftsmith.trainers.callbacks.checkpoint import CheckpointConfig, StepCheckpoint
 from draftsmith.trainers.export import rebuild
-from tests.tiny_run import make_place
+from tests.tiny_run import finish, make_place, start
 from tests.zero_runs import curve, fit, samples, watch, zero
 
 STEPS = 12
@@ -165,4 +165,9 @@ def test_zero3_on_two_ranks_resumes_exactly_and_goes_on_alone(place: Path) -> No
     assert one_file.keys() == from_shards.keys()
     assert all(torch.equal(one_file[key], from_shards[key]) for key in one_file)
     metrics = json.loads((whole / runs.PROVENANCE).read_text())["metrics"]
-    assert metrics["val/loss"] > 0
+    for verb, name in (("validate", "val/loss"), ("test", "test/loss")):  # one process reads the shards of two
+        out, _ = finish(start(place, verb, "-c", "tiny.yaml", "--ckpt_path", str(last), "--json"))
+        figures = json.loads(out.splitlines()[-1])
+        assert figures["checkpoint"] == str(last) and figures[name] > 0
+        if verb == "validate":  # four rows at once are two on each of two ranks
+            assert figures[name] == pytest.approx(metrics[name], rel=1e-5)
