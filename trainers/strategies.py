@@ -49,7 +49,7 @@ _OURS = {
     "bf16": "trainer.precision",
     "checkpoint": "checkpoint.elastic",
 }
-_KEPT = ("global_step", "epoch", "hyper_parameters", "draftsmith", "pytorch-lightning_version")  # of what is read whole
+_KEPT = ("global_step", "epoch", "hyper_parameters", "pytorch-lightning_version")  # of what is read whole, and ours
 _INSTALL = "pip install 'draftsmith[deepspeed]'"
 
 
@@ -85,8 +85,7 @@ class ZeRO(DeepSpeedStrategy):
         partition_teacher: under ZeRO-3, share the frozen teacher's body among the ranks too (its head stays whole on
             each), for one that does not fit; every step then gathers it layer by layer.
 
-        Raises MissingExtra without deepspeed, InvalidValue for a config that cannot be read or sets what is ours, and
-        for partition_teacher below stage 3.
+        Raises MissingExtra without deepspeed, InvalidValue for a config that cannot be read or sets what is ours.
         """
         need_deepspeed("a ZeRO strategy")
         settings = read_config(config)
@@ -95,10 +94,6 @@ class ZeRO(DeepSpeedStrategy):
         super().__init__(config=settings, timeout=timedelta(minutes=timeout_minutes))
         self.elastic = False  # whether a checkpoint of another number of ranks may be taken
         self.partition_teacher = partition_teacher
-        if partition_teacher and self.stage < 3:
-            raise InvalidValue(
-                f"partition_teacher needs ZeRO-3, and {config} is stage {self.stage}: take deepspeed/zero3"
-            )
 
     @property
     def precision_plugin(self) -> Precision:
@@ -206,6 +201,10 @@ class ZeRO(DeepSpeedStrategy):
             raise InvalidValue(
                 f"model.source {source!r} decodes in the training step, which ZeRO-3 cannot (ranks would gather "
                 "parameters unequally often): set trainer.strategy to zero2 or model.source to teacher"
+            )
+        if self.partition_teacher and self.stage < 3:  # not in __init__: the config's parser would hide the reason
+            raise InvalidValue(
+                f"partition_teacher needs ZeRO-3, and this is stage {self.stage}: take deepspeed/zero3, or leave it out"
             )
         super().setup(trainer)
         if self.stage == 3:
@@ -412,7 +411,8 @@ def read_state(path: Path) -> dict[str, Any]:
     with _silent():
         weights = get_fp32_state_dict_from_zero_checkpoint(str(path), tag=shards.TAG)
     stored: dict[str, Any] = torch.load(first, map_location="cpu", weights_only=False)
-    return {**{key: stored[key] for key in stored if key in _KEPT}, "state_dict": dict(weights)}
+    kept = {key: value for key, value in stored.items() if key in _KEPT or key.startswith("draftsmith")}
+    return {**kept, "state_dict": dict(weights)}
 
 
 def single_file(path: Path, scratch: Path) -> Path:
