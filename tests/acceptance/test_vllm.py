@@ -31,15 +31,14 @@ from draftsmith.inference.sampling import SamplingParams
 from draftsmith.inference.tree_policies.chain import ChainPolicy
 from tests import trained_eagles, word_grammar
 from tests.figures import ROOT, record
+from tests.vllm_server import ENVIRONMENT, PYTHON, SECONDS, Server
 
 SLUG = "vllm"
 FILES = ("inference/formats/*.py", "inference/decoders/*.py", "inference/drafters/*.py", "inference/nets/*.py")
 LEARNING = ("modules/osd_drafter.py", "data/corpus.py", "data/text.py", "data/request_logs.py", "trainers/export.py")
-PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 DRAFT, NEW, PROMPTS = 4, 48, 24
 TRAFFIC = 192  # requests of the log
 LETTERS = string.ascii_letters + string.digits + "+/"  # the grammar's ids as text
-SECONDS = 420
 
 pytestmark = [
     pytest.mark.acceptance,
@@ -117,40 +116,24 @@ def prompts() -> list[list[int]]:
     return word_grammar.Grammar().sample(PROMPTS, 16, seed=77)
 
 
-def texts(count: int, seed: int) -> list[str]:
-    """Prompts as text, one letter per token of the grammar."""
-    return ["".join(LETTERS[i] for i in ids) for ids in word_grammar.Grammar().sample(count, 16, seed=seed)]
-
-
-def serve(
-    target: Path,
-    draft: Path | None,
-    method: str | None,
-    *,
-    asking: list[str] | None = None,
-    traffic: list[str] | None = None,
-    log: Path | None = None,
-) -> dict[str, Any]:
-    """What vLLM makes of the prompts (or of `asking`); the traffic behind them goes to the log."""
+def serve(target: Path, draft: Path | None, method: str | None) -> dict[str, Any]:
+    """What vLLM makes of the prompts."""
     asked = {
         "target": str(target),
         "draft": None if draft is None else str(draft),
         "method": method,
         "tokens": DRAFT,
-        "prompts": asking or prompts(),
-        "traffic": traffic,
-        "log": None if log is None else str(log),
+        "prompts": prompts(),
         "max_new_tokens": NEW,
         "max_model_len": 128,
     }
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     done = subprocess.run(
         [str(PYTHON), "-P", str(ROOT / "tests" / "vllm_serve.py")],
         input=json.dumps(asked),
         capture_output=True,
         text=True,
         timeout=SECONDS,
-        env={**os.environ, **settings},
+        env={**os.environ, **ENVIRONMENT},
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     found: dict[str, Any] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"tokens"')))
@@ -219,6 +202,11 @@ def test_eagle3_export(target: LoadedPart, plain: DecodeResult, tmp_path: Path) 
     compare("EAGLE-3", theirs, mine, plain)
 
 
+def texts(count: int, seed: int) -> list[str]:
+    """Prompts as text, one letter per token of the grammar."""
+    return ["".join(LETTERS[i] for i in ids) for ids in word_grammar.Grammar().sample(count, 16, seed=seed)]
+
+
 def draftsmith(place: Path, *words: str) -> None:
     """A command as a user types it, in `place`."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DRAFTSMITH_CACHE": str(place / "cache")}
@@ -242,34 +230,39 @@ def test_the_log_of_the_server_teaches_the_draft_and_its_export_goes_back(tmp_pa
     target = trained_lm(tmp_path / "target", layers=8, width=64, steps=200, seed=0, tokenizer=letters)
     draft = trained_lm(tmp_path / "draft", layers=2, width=32, steps=40, seed=1, tokenizer=letters)
     asked, log = texts(PROMPTS, seed=77), tmp_path / "served.jsonl"
-    before = serve(target, draft, "draft_model", asking=asked, traffic=texts(TRAFFIC, seed=78), log=log)
+    with Server(target, draft, DRAFT, tmp_path / "before.log") as server:
+        first = server.complete(asked, NEW)
+        before = server.counts()
+        rows = server.complete(texts(TRAFFIC, seed=78), NEW)
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
+    choices = [row["choices"][0] for row in rows]
+    served = [(tuple(choice["prompt_token_ids"]), tuple(choice["token_ids"])) for choice in choices]
     source = RequestLog([log], load_tokenizer(target), max_length=256)
-    read = [[list(item.request.prompt), list(item.answer)] for item in source.read()]
-    assert read == before["traffic"]  # the log, read back, is what was served, token by token
-    rows = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+    assert [(item.request.prompt, item.answer) for item in source.read()] == served  # token by token
     text = "".join(json.dumps({"text": row["prompt"] + row["choices"][0]["text"]}) + "\n" for row in rows)
     (tmp_path / "text.jsonl").write_text(text, "utf-8")  # jq -c '{text: (.prompt + .choices[0].text)}'
 
     (tmp_path / "small.yaml").write_text(SMALL, "utf-8")
     draftsmith(tmp_path, "fit", "-c", "osd/offline", "-c", "small.yaml", "--run", "runs/loop")
     draftsmith(tmp_path, "export", "runs/loop", "new")
-    after = serve(target, tmp_path / "new", "draft_model", asking=asked)
+    with Server(target, tmp_path / "new", DRAFT, tmp_path / "after.log") as server:
+        second = server.complete(asked, NEW)
+        after = server.counts()
 
     figures: dict[str, Any] = {}
-    for place in range(DRAFT):
-        for name, found in (("before", before), ("after", after)):
-            share = found["metrics"]["num_accepted_tokens_per_pos"][place] / found["metrics"]["num_drafts"]
-            figures[f"loop: accepted at position {place + 1}, {name}"] = share
+    for name, (rounds, accepted) in (("before", before), ("after", after)):
+        for place, count in enumerate(accepted, 1):
+            figures[f"loop: accepted at position {place}, {name}"] = count / rounds
     old, new = (figures[f"loop: accepted at position 1, {name}"] for name in ("before", "after"))
-    drafts = [found["metrics"]["num_drafts"] for found in (before, after)]
-    spread = 1.96 * sum(p * (1 - p) / n for p, n in zip((old, new), drafts, strict=True)) ** 0.5
-    same = [a == b for a, b in zip(before["tokens"], after["tokens"], strict=True)]
+    spread = 1.96 * sum(p * (1 - p) / n for p, n in ((old, before[0]), (new, after[0]))) ** 0.5
+    tokens = [[row["choices"][0]["token_ids"] for row in answered] for answered in (first, second)]
+    same = [a == b for a, b in zip(*tokens, strict=True)]
     figures["loop: equal greedy texts"] = {"value": sum(same) / len(same), "need": "== 1"}
     figures["loop: rise at position 1"] = {"value": new - old, "low": new - old - spread, "high": new - old + spread}
     figures["loop: low end of the rise at position 1"] = {"value": new - old - spread, "need": "> 0"}
     figures["loop: requests in the log"] = len(rows)
-    print(figures, drafts)
+    print(figures, before, after)
     record(SLUG, figures, (0,), (*FILES, *LEARNING, "configs/osd/offline.yaml"))
     assert all(same), f"{len(same) - sum(same)} of {len(same)} texts differ"
     assert new - old > spread, figures
