@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,8 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(demo: Path, place: Path, effort: Effort) -> dict[str, Any]:
-    """Make what is missing in `place`, forecast, measure; the report."""
+def run(
+    demo: Path, place: Path, effort: Effort, each: Callable[[dict[str, Any]], None] = lambda part: None
+) -> dict[str, Any]:
+    """Make what is missing in `place`, forecast, measure; the report. each: gets every part as soon as it is there."""
     target, draft = demo / "exports" / "target", demo / "exports" / "draft"
     place.mkdir(parents=True, exist_ok=True)
     prepare(target, draft, place, effort)
@@ -96,13 +98,14 @@ def run(demo: Path, place: Path, effort: Effort) -> dict[str, Any]:
         "measured_prompts": len(measured),
         "runs": [],
     }
-    for temperature in TEMPERATURES:
-        for batch in BATCHES:
+    for batch in BATCHES:
+        for temperature in TEMPERATURES:
             settings = BenchSettings(
                 max_new_tokens=effort.tokens, batches=(batch,), temperature=temperature, repetitions=effort.repetitions
             )
             rows = table(place, *engines, temperature)
             report["runs"].append(measure(target, draft, engines, rows, held_out, measured, settings, batch))
+            each(report["runs"][-1])
     return report
 
 
@@ -217,7 +220,7 @@ def table(place: Path, target: Engine, draft: Engine, temperature: float) -> lis
         Row("sequoia_48", "Sequoia tree, 48 nodes", "tree", {**many, "policy": "sequoia", **calibrated}, draft),
         Row("eagle_chain", "EAGLE-3 chain, g = 5", "tree", {"policy": "chain", "nodes": 5, "depth": 5}, eagle),
         Row("eagle2", "EAGLE-3, EAGLE-2 tree of 48", "tree", {**many, "policy": "eagle2"}, eagle),
-        Row("eagle_dyspec", "EAGLE-3, DySpec tree of 48", "tree", {**many, "policy": "dyspec"}, eagle),
+        Row("eagle_dyspec", "EAGLE-3, DySpec tree of 48, uncalibrated", "tree", {**many, "policy": "dyspec"}, eagle),
         Row("medusa", "Medusa heads", "tree", {"policy": "auto", "nodes": 16, "depth": HEADS}, medusa),
         Row("aded", "ADED", "aded", {"nodes": 16, "adapt": "call"}, load(place / "table").part),
         Row("prompt_lookup", "prompt lookup", "prompt_lookup", {"draft_length": 10, **bench.CONSTANT}),

@@ -27,7 +27,10 @@ FILES = (
 ASSISTED = ("hf_assisted", "hf_assisted_constant")
 WITHIN = 0.15  # of the forecast
 
-pytestmark = pytest.mark.acceptance
+pytestmark = [
+    pytest.mark.acceptance,
+    pytest.mark.filterwarnings("ignore::draftsmith.inference.tree_calibration.EstimateWarning"),  # an uncalibrated row
+]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,7 @@ def report() -> dict[str, Any]:
     demo = ROOT / "runs" / "demo"
     if not (demo / "report.json").is_file():
         subprocess.run([sys.executable, "-m", "draftsmith.inference.cli", "demo"], cwd=ROOT, check=True)
-    return drafters.run(demo, ROOT / "runs" / "drafters", drafters.Effort())
+    return drafters.run(demo, ROOT / "runs" / "drafters", drafters.Effort(), each=put)
 
 
 def rows_of(report: dict[str, Any], temperature: float, batch: int) -> dict[str, dict[str, Any]]:
@@ -48,27 +51,38 @@ def tau(row: dict[str, Any]) -> float:
     return value
 
 
-def test_the_table(report: dict[str, Any]) -> None:
+def off(row: dict[str, Any]) -> float:
+    """How far the measured speed-up lies from the forecast one, relatively."""
+    value: float = row["speedup_vs_plain"]["value"] / row["forecast"]["speedup"] - 1
+    return value
+
+
+def put(run: dict[str, Any]) -> None:
+    """Record one temperature and batch."""
     figures: dict[str, Any] = {}
-    misses = []
-    for run in report["runs"]:
-        where = f"{'greedy' if run['temperature'] == 0 else 'T = 1'}, batch {run['batch']}"
-        for name, row in rows_of(report, run["temperature"], run["batch"]).items():
-            label = f"{where}, {row['label']}"
-            figures[f"{label}: tokens/s"] = {**row["tokens_per_second"], "unit": "1/s"}
-            if row["peer"]:
-                continue
-            figures[f"{label}: tokens per target call"] = row["acceptance"]["tau"]
-            if name == "plain":
-                continue
-            speedup = row["speedup_vs_plain"]
-            figures[f"{label}: over plain"] = speedup
-            off = speedup["value"] / row["forecast"]["speedup"] - 1
-            figures[f"{label}: measured over forecast, less 1"] = {"value": off, "need": f"within {WITHIN}"}
-            if abs(off) > WITHIN:
-                misses.append(f"{label}: {off:+.2f}")
+    where = f"{'greedy' if run['temperature'] == 0 else 'T = 1'}, batch {run['batch']}"
+    for name, row in rows_of({"runs": [run]}, run["temperature"], run["batch"]).items():
+        label = f"{where}, {row['label']}"
+        if not row["offered"]:
+            continue
+        figures[f"{label}: tokens/s"] = {**row["tokens_per_second"], "unit": "1/s"}
+        if row["peer"]:
+            continue
+        figures[f"{label}: tokens per target call"] = row["acceptance"]["tau"]
+        if name != "plain":
+            figures[f"{label}: over plain"] = row["speedup_vs_plain"]
+            figures[f"{label}: measured over forecast, less 1"] = {"value": off(row), "need": f"within {WITHIN}"}
     record("drafters", figures, seeds=[0], files=FILES)
-    assert not misses, misses
+
+
+def test_every_row_is_near_its_forecast(report: dict[str, Any]) -> None:
+    misses = {
+        (run["temperature"], run["batch"], name): round(off(row), 2)
+        for run in report["runs"]
+        for name, row in rows_of(report, run["temperature"], run["batch"]).items()
+        if not row["peer"] and name != "plain" and abs(off(row)) > WITHIN
+    }
+    assert not misses
 
 
 @pytest.mark.parametrize("temperature", drafters.TEMPERATURES)
