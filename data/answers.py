@@ -1,8 +1,9 @@
 """Answers that a target writes itself to given prompts: the text that drafts and EAGLE heads should be trained on.
 
 Prompts are JSON lines, {"messages": [...]}, {"prompt": "..."} or {"prompt_ids": [...]}. A conversation is cut behind
-its first user turn: later turns would answer something that the target never said. Out come JSON lines that both
-`data.corpus` (as chat: field messages; as text: field text) and `data.request_logs` read.
+its first user turn: later turns would answer something that the target never said. Out come JSON lines for
+`data.corpus` (as chat: field messages; as text: field text); those of prompts in text or messages are also what
+`data.request_logs` reads, which knows no answers as ids.
 The work is divided among ranks by line, each writing a file of its own; what a killed process wrote stays, and the same
 command goes on behind it. Answers depend on seed and line alone, not on ranks, batches or interruptions.
 """

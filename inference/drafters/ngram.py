@@ -10,13 +10,12 @@ from typing import Any
 
 from draftsmith.inference.drafters.base import DraftTask
 from draftsmith.inference.drafters.prompt_lookup import PromptLookupSession
-from draftsmith.inference.drafters.tree_base import Accepted, TreeTask, Uniforms
+from draftsmith.inference.drafters.tree_base import TreeTask
+from draftsmith.inference.drafters.tree_shapes import ShapeSession
 from draftsmith.inference.engine import EngineSpec
 from draftsmith.inference.errors import InvalidValue, unknown_choice
 from draftsmith.inference.ngram_search import Shape, best_first, merged, monte_carlo, single_path
 from draftsmith.inference.ngram_table import AdaptiveTable, NgramTable
-from draftsmith.inference.sampling import PenaltyState
-from draftsmith.inference.tree import Tree
 
 SEARCHES = ("heap", "mcts", "path")
 _LOOKUP_ORDERS = range(3, 0, -1)
@@ -81,13 +80,12 @@ class NgramDrafter:
         return functools.partial(monte_carlo, self.table.lookup, iterations=self._iterations, c1=c1, c2=c2)
 
 
-class NgramSession:
+class NgramSession(ShapeSession):
     """One decode call's trees."""
 
     def __init__(self, grow: Grow, task: TreeTask, lookup_length: int, pad: int | None) -> None:
-        self.calls = 0
+        super().__init__(task)
         self._grow = grow
-        self._task = task
         self._pad = pad
         self._copy = None
         if lookup_length:
@@ -97,48 +95,13 @@ class NgramSession:
             self._copy = PromptLookupSession(_LOOKUP_ORDERS, chain)
             self._length = lookup_length
 
-    def room(self, length: int) -> int:
-        return self._task.nodes
-
-    def propose(
-        self,
-        tokens: Sequence[Sequence[int]],
-        want: Sequence[int],
-        depth: Sequence[int],
-        u: Uniforms | None,
-        penalties: PenaltyState | None,
-    ) -> Tree | None:
-        shapes = [self._shape(b, text, want[b], depth[b]) for b, text in enumerate(tokens)]
-        return pack(shapes, tokens, self._task)
-
-    def _shape(self, row: int, text: Sequence[int], nodes: int, depth: int) -> Shape:
-        if nodes < 1 or depth < 1:
-            return [], []
+    def shape(self, row: int, text: Sequence[int], nodes: int, depth: int) -> Shape:
         before = text[-2] if len(text) > 1 else self._pad
         shape: Shape = ([], []) if before is None else self._grow(before, text[-1], nodes, depth)
         if self._copy is not None:
             shape = merged(shape, self._copy.find(row, text, min(self._length, depth)), nodes)
         return shape
 
-    def commit(self, accepted: Accepted) -> None:
-        """Nothing to forget: trees are made afresh."""
-
     def select(self, rows: Sequence[int]) -> None:
         if self._copy is not None:
             self._copy.select(rows)
-
-
-def pack(shapes: Sequence[Shape], texts: Sequence[Sequence[int]], task: TreeTask) -> Tree | None:
-    """Trees behind the last tokens of `texts`; None when all are empty. Ids the target does not know are left out."""
-    ids, parents = [], []
-    for (tokens, parent), text in zip(shapes, texts, strict=True):
-        node = {-1: 0}  # index in the shape -> node of the tree
-        row, above = [text[-1]], [-1]
-        for i, (token, p) in enumerate(zip(tokens, parent, strict=True)):
-            if p in node and token < task.vocab_size:
-                node[i] = len(row)
-                row.append(token)
-                above.append(node[p])
-        ids.append(row)
-        parents.append(above)
-    return Tree.from_rows(ids, parents, task.device) if max(map(len, ids)) > 1 else None

@@ -13,13 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from draftsmith.inference.drafters.ngram import pack
-from draftsmith.inference.drafters.tree_base import Accepted, TreeTask, Uniforms
+from draftsmith.inference.drafters.tree_base import TreeTask
+from draftsmith.inference.drafters.tree_shapes import ShapeSession
 from draftsmith.inference.engine import EngineSpec
 from draftsmith.inference.errors import InvalidValue
 from draftsmith.inference.ngram_search import Shape
-from draftsmith.inference.sampling import PenaltyState
-from draftsmith.inference.tree import Tree
 
 SEPARATOR = -1  # between documents: no token, so nothing matches or continues across
 
@@ -143,33 +141,12 @@ class RestDrafter:
         return [prefix[-1] for prefix in kept], [index.get(prefix[:-1], -1) for prefix in kept]
 
 
-class RestSession:
+class RestSession(ShapeSession):
     """One decode call's trees."""
 
     def __init__(self, drafter: RestDrafter, task: TreeTask) -> None:
-        self.calls = 0
+        super().__init__(task)
         self._drafter = drafter
-        self._task = task
 
-    def room(self, length: int) -> int:
-        return self._task.nodes
-
-    def propose(
-        self,
-        tokens: Sequence[Sequence[int]],
-        want: Sequence[int],
-        depth: Sequence[int],
-        u: Uniforms | None,
-        penalties: PenaltyState | None,
-    ) -> Tree | None:
-        shapes: list[Shape] = [
-            self._drafter.shape(text, n, d) if n > 0 and d > 0 else ([], [])
-            for text, n, d in zip(tokens, want, depth, strict=True)
-        ]
-        return pack(shapes, tokens, self._task)
-
-    def commit(self, accepted: Accepted) -> None:
-        """Nothing to forget: trees are made afresh."""
-
-    def select(self, rows: Sequence[int]) -> None:
-        """Nothing is kept of rows."""
+    def shape(self, row: int, text: Sequence[int], nodes: int, depth: int) -> Shape:
+        return self._drafter.shape(text, nodes, depth)

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from draftsmith.inference.acceptance import one_hot
 from draftsmith.inference.drafters.base import Drafter, DraftSession, DraftTask, Proposal
-from draftsmith.inference.drafters.tree_base import Accepted, TreeTask, Uniforms
+from draftsmith.inference.drafters.tree_base import TreeTask
+from draftsmith.inference.drafters.tree_shapes import ShapeSession
 from draftsmith.inference.errors import InvalidValue
 from draftsmith.inference.feeding import host_tensor
+from draftsmith.inference.ngram_search import Shape
 from draftsmith.inference.sampling import PenaltyState
 from draftsmith.inference.suffix_cache import SuffixCache
 from draftsmith.inference.suffix_tree import NOTHING, Budget, Draft
-from draftsmith.inference.tree import Tree
 
 _MEMORY = 0.9  # of the running mean of what the learned drafter gets accepted
 
@@ -133,45 +134,16 @@ class SuffixTreeDrafter(SuffixRows):
         return SuffixTreeSession(self.rows(task.rows), task)
 
 
-class SuffixTreeSession:
+class SuffixTreeSession(ShapeSession):
     """One decode call's trees."""
 
     def __init__(self, rows: SuffixRows, task: TreeTask) -> None:
-        self.calls = 0
+        super().__init__(task)
         self._rows = rows
-        self._task = task
 
-    def room(self, length: int) -> int:
-        return self._task.nodes
-
-    def propose(
-        self,
-        tokens: Sequence[Sequence[int]],
-        want: Sequence[int],
-        depth: Sequence[int],
-        u: Uniforms | None,
-        penalties: PenaltyState | None,
-    ) -> Tree | None:
-        ids, parents = [], []
-        for b, text in enumerate(tokens):
-            draft = self._rows.draft(b, want[b])
-            level = {-1: 0}
-            node = {-1: 0}
-            row, above = [text[-1]], [-1]
-            for i, (token, parent) in enumerate(zip(draft.tokens, draft.parent, strict=True)):
-                level[i] = level[parent] + 1
-                if level[i] <= depth[b]:
-                    node[i] = len(row)
-                    row.append(token)
-                    above.append(node[parent])
-            ids.append(row)
-            parents.append(above)
-        if max(map(len, ids)) == 1:
-            return None
-        return Tree.from_rows(ids, parents, self._task.device)
-
-    def commit(self, accepted: Accepted) -> None:
-        """Nothing to forget: the cache holds committed tokens only."""
+    def shape(self, row: int, text: Sequence[int], nodes: int, depth: int) -> Shape:
+        draft = self._rows.draft(row, nodes)
+        return draft.tokens, draft.parent
 
     def select(self, rows: Sequence[int]) -> None:
         self._rows.select(rows)
