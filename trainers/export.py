@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -146,7 +146,8 @@ def write(
                 export_eagle.save(model, DTYPES[dtype], directory, inputs, tokens)
             else:
                 base = Path(str(spec.target_dir)) if spec.kind == "adapter" else None
-                _save(model, DTYPES[dtype], directory, inputs, base)
+                with _quiet_libraries():
+                    _save(model, DTYPES[dtype], directory, inputs, base)
             _copy_tokenizer(spec.tokenizer_dir, directory)
             config = checkpoint.read_json(directory / manifests.KINDS[spec.kind].config)
             unsealed = replace(draft, config=config, files=checkpoint.hash_files(directory))
@@ -307,7 +308,7 @@ def _save(model: Any, dtype: torch.dtype, directory: Path, inputs: Path, base: P
     if base is not None:
         export_adapter.save(model, base, directory)
         return
-    with _for_generation(model), _no_progress_bars():
+    with _for_generation(model):
         model.save_pretrained(directory, max_shard_size=_SHARD)
 
 
@@ -338,13 +339,18 @@ def _for_generation(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def _quiet_libraries() -> Iterator[None]:
+    """No progress bars, and no foreign line among our results.
+
+    Where accelerate or peft is installed, saving imports DeepSpeed, whose logger writes its warnings to stdout.
+    """
     from transformers.utils import logging
 
     enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     finally:
         if enabled:
             logging.enable_progress_bar()

@@ -308,6 +308,22 @@ class TestNothingIsLeft:
         finally:
             subprocess.run(["umount", str(tmp_path)], check=True)
 
+    def test_stdout_is_ours(self, tmp_path: Path) -> None:
+        """DeepSpeed, which accelerate imports while transformers saves, writes its warnings to stdout."""
+        program = f"""
+            from draftsmith.modules.export_spec import ExportSpec
+            from draftsmith.trainers import export
+            from tests import tiny
+            export.run_seal = lambda directory, inputs: None
+            export.write(ExportSpec("lm", tiny.lm(), None), {str(tmp_path / "out")!r})
+        """
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+        environment.pop("DS_ACCELERATOR", None)  # as other tests of this process may have set it
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, env=environment
+        )
+        assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
     def test_killed_before_the_seal(self, tmp_path: Path) -> None:
         """kill -9 when every file is there but the seal: what is left does not load."""
         program = f"""
