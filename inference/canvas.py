@@ -29,7 +29,7 @@ class CanvasRequest:
         if len(self.tokens) == 0:
             raise InvalidValue("empty canvas: give at least one position")
         ordered = all(a < b for a, b in zip(self.holes, self.holes[1:], strict=False))
-        if self.holes and not (ordered and 0 <= self.holes[0] and self.holes[-1] < len(self.tokens)):
+        if self.holes and not (ordered and self.holes[0] >= 0 and self.holes[-1] < len(self.tokens)):
             raise InvalidValue(
                 f"holes must be ascending positions of the canvas of {len(self.tokens)}, got {list(self.holes)[:20]}"
             )
