@@ -1,10 +1,7 @@
 """EAGLE through `draftsmith fit` in its own processes: train, resume, export, decode; one-line errors."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,11 +12,9 @@ from draftsmith.inference.requests import TokenRequest
 from draftsmith.modules.eagle_drafter import EagleDrafter
 from draftsmith.modules.hf_model import HFModel
 from draftsmith.trainers import runs
+from tests.commands import run, weights
 from tests.tiny import write_lm
 
-ROOT = Path(__file__).resolve().parents[2]
-COMMAND = [sys.executable, "-m", "draftsmith.inference.cli"]
-TIMEOUT = 240
 TEXT = ("--data.corpus.sources", "[text]", "--data.corpus.val_fraction", "0.3")
 
 
@@ -32,29 +27,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(12):
         (place / "text" / f"{i}.txt").write_text(f"def add{i}(a, b):\n    return a + b * {i}\n" * 12)
     return place
-
-
-def run(place: Path, *arguments: str, code: int = 0) -> tuple[str, str]:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "DRAFTSMITH_CACHE": str(place / "cache"),
-    }
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "SLURM_JOB_ID"):
-        environment.pop(name, None)
-    done = subprocess.run(
-        [*COMMAND, *arguments], cwd=place, env=environment, text=True, capture_output=True, timeout=TIMEOUT
-    )
-    assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done.stdout, done.stderr
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    newest = runs.newest_checkpoint(folder)
-    assert newest is not None
-    content: dict[str, torch.Tensor] = torch.load(newest, weights_only=True)["state_dict"]
-    return content
 
 
 @pytest.fixture(scope="module")

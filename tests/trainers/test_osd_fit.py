@@ -1,9 +1,6 @@
 """OSD through `draftsmith fit` in its own processes: online, offline, routed, two ranks, export, one-line errors."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,11 +12,8 @@ from draftsmith.inference import load, registry
 from draftsmith.inference.cli import main
 from draftsmith.inference.requests import TokenRequest
 from draftsmith.trainers import runs
+from tests.commands import ROOT, run, weights
 from tests.tiny import write_lm, write_tokenizer
-
-ROOT = Path(__file__).resolve().parents[2]
-COMMAND = [sys.executable, "-m", "draftsmith.inference.cli"]
-TIMEOUT = 240
 
 
 @pytest.fixture(scope="module")
@@ -41,29 +35,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 PROMPTS = ("--data.traffic.prompts", "[prompts.jsonl]", "--data.traffic.val_prompts", "[prompts.jsonl]")
-
-
-def run(place: Path, *arguments: str, code: int = 0) -> tuple[str, str]:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "DRAFTSMITH_CACHE": str(place / "cache"),
-    }
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "SLURM_JOB_ID"):
-        environment.pop(name, None)
-    done = subprocess.run(
-        [*COMMAND, *arguments], cwd=place, env=environment, text=True, capture_output=True, timeout=TIMEOUT
-    )
-    assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done.stdout, done.stderr
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    newest = runs.newest_checkpoint(folder)
-    assert newest is not None
-    content: dict[str, torch.Tensor] = torch.load(newest, weights_only=True)["state_dict"]
-    return content
 
 
 @pytest.fixture(scope="module")
