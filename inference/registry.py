@@ -101,6 +101,7 @@ _ENTRIES = (
         needs=("target", "draft"),
         settings="draftsmith.inference.tree_settings.TreeSettings",
         build=f"{_DECODERS}.tree.build",
+        lossy_settings=("lossy_typical",),
     ),
     DecoderEntry(
         name="aded",

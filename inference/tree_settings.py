@@ -14,6 +14,7 @@ from draftsmith.inference.tree_policies.dyspec import DySpecPolicy, DySpecThresh
 from draftsmith.inference.tree_policies.eagle2 import Eagle2Policy
 from draftsmith.inference.tree_policies.fixed_widths import FixedWidthsPolicy
 from draftsmith.inference.tree_policies.sequoia import SequoiaPolicy
+from draftsmith.inference.typical_acceptance import DELTA, EPSILON, check_typical
 
 AUTO = "auto"
 POLICIES = (AUTO, "chain", "fixed", "sequoia", "dyspec", "dyspec_threshold", "eagle2")
@@ -71,6 +72,15 @@ class TreeSettings:
             "plain estimates (the command line takes the one beside the draft)"
         },
     )
+    lossy_typical: bool = field(
+        default=False,
+        metadata={
+            "help": "Medusa's typical acceptance: keep a token that the target gives more than min(epsilon, delta "
+            "exp(-entropy)), and go on with the target's likeliest. NOT the target's law"
+        },
+    )
+    typical_epsilon: float = field(default=EPSILON, metadata={"help": "lossy_typical: enough probability for any law"})
+    typical_delta: float = field(default=DELTA, metadata={"help": "lossy_typical: the less, the more is kept"})
     draft_temperature: float = field(
         default=0.0,
         metadata={
@@ -91,6 +101,11 @@ class TreeSettings:
             raise InvalidValue(
                 f"threshold and min_value must be at least 0 and below 1, got {self.threshold} and {self.min_value}"
             )
+        if self.lossy_typical and self.verification != "token":
+            raise InvalidValue(
+                f"lossy_typical has a rule of its own, without verification={self.verification!r}: choose one"
+            )
+        check_typical(self.typical_epsilon, self.typical_delta)
         if not 0.0 <= self.draft_temperature < float("inf"):
             raise InvalidValue(f"draft_temperature must be 0 (the target's) or more, got {self.draft_temperature}")
         self.level_widths()

@@ -29,6 +29,7 @@ from draftsmith.inference.traversal_verification import verify_traversal
 from draftsmith.inference.tree import Tree
 from draftsmith.inference.tree_settings import AUTO, TreeSettings, make_policy
 from draftsmith.inference.tree_verification import TreeVerdict, verify_tree, verify_tree_greedy
+from draftsmith.inference.typical_acceptance import verify_typical
 
 # What a round looked like to somebody who measures: the trees, the verdict, and which rows took part.
 Watcher = Callable[[Tree, TreeVerdict, Sequence[int]], None]
@@ -106,8 +107,14 @@ class TreeDecoder:
         session.nfe["draft"] = call.draft.calls
         result = session.result()
         result.notes["residual_underflow"] = call.underflow
-        result.notes["rule"] = "greedy" if self._sampling.greedy else self._settings.verification
+        result.notes["rule"] = self._rule
         return result
+
+    @property
+    def _rule(self) -> str:
+        if self._sampling.greedy:  # one-hot laws: typical acceptance is the exact rule there
+            return "greedy"
+        return "typical" if self._settings.lossy_typical else self._settings.verification
 
     def _open(self, requests: Sequence[TokenRequest]) -> _Call:
         target, settings = self._target, self._settings
@@ -248,6 +255,8 @@ class TreeDecoder:
 
         if params.greedy:
             return verify_tree_greedy(tree, choices)
+        if self._settings.lossy_typical:
+            return verify_typical(tree, laws, self._settings.typical_epsilon, self._settings.typical_delta)
         rule = verify_traversal if self._settings.verification == "traversal" else verify_tree
         return rule(tree, laws, session.numbers(Stream.ACCEPT, torch.arange(tree.width).unsqueeze(0)))
 
