@@ -62,6 +62,7 @@ EXTRA_MODULES: dict[str, frozenset[str]] = {
             "rich",
             "matplotlib",
             "sklearn",
+            "scipy",
         }
     ),
     "deepspeed": frozenset({"deepspeed"}),

@@ -1,0 +1,188 @@
+"""An ideal model: exact conditional marginals in place of a network, so that any decoder can be tested without one.
+
+`simulate` is a small decoder of its own (one block, no cache); `IdealNet` gives the same marginals through the
+interface of a masked LM, so that the real decoder and every commit rule run on it.
+Shape letters: B rows, n positions of the answer, L of the canvas, M right answers, V tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from draftsmith.data.parallelbench.tasks import Answer, Sample, Task, listed
+from draftsmith.inference.errors import InvalidValue
+from draftsmith.inference.rng import sample_categorical, uniform
+
+OPEN = -1
+_LISTED = 50_000  # above, marginals are asked of the task, one row at a time
+_TIES, _PICK = 101, 102  # streams of the simulator
+Chooser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (confidence, masked, uniform), all [B,n] -> committed now [B,n]
+
+
+class IdealLaw:
+    """The marginals of one sample for many rows at once. `vocabulary` gives the meaning of token indices 0..V-1."""
+
+    def __init__(self, task: Task, sample: Sample, vocabulary: Sequence[str] | None = None) -> None:
+        self.task, self.sample = task, sample
+        few = task.num_outcomes(sample) <= _LISTED
+        if vocabulary is None:
+            own = {token for answer in listed(task, sample) for token in answer} if few else set(task.alphabet())
+            vocabulary = sorted(own)
+        self.vocabulary = tuple(vocabulary)
+        self.index = {token: i for i, token in enumerate(self.vocabulary)}
+        self.outcomes = (
+            torch.tensor([[self.index[token] for token in answer] for answer in listed(task, sample)]) if few else None
+        )
+        self._seen: dict[tuple[int, ...], Tensor] = {}
+
+    def __call__(self, known: Tensor) -> Tensor:
+        """p(y_i | X, known) [B,n,V] float64 for known [B,n], OPEN where nothing is committed.
+
+        Where the known tokens contradict themselves: the law without them. At known positions: one-hot.
+        """
+        distinct, inverse = torch.unique(known, dim=0, return_inverse=True)
+        fresh = [tuple(row) for row in distinct.tolist() if tuple(row) not in self._seen]
+        if fresh:
+            for state, law in zip(fresh, self._laws(torch.tensor(fresh)), strict=True):
+                self._seen[state] = law
+        return torch.stack([self._seen[tuple(row)] for row in distinct.tolist()])[inverse]
+
+    def _laws(self, known: Tensor) -> Tensor:
+        opened = known == OPEN
+        one_hot = nn.functional.one_hot(known.clamp_min(0), len(self.vocabulary)).double()
+        if self.outcomes is None or type(self.task).marginals is not Task.marginals:
+            laws = torch.stack([self._asked(row) for row in known.tolist()])
+        else:
+            agrees = ((known[:, None] == self.outcomes) | opened[:, None]).all(-1)  # [B,M]
+            agrees |= ~agrees.any(-1, keepdim=True)
+            tokens = nn.functional.one_hot(self.outcomes, len(self.vocabulary)).double()  # [M,n,V]
+            laws = torch.einsum("bm,mnv->bnv", agrees.double(), tokens)
+            laws /= agrees.sum(-1)[:, None, None]
+        return torch.where(opened[..., None], laws, one_hot)
+
+    def _asked(self, row: Sequence[int]) -> Tensor:
+        known = {i: self.vocabulary[token] for i, token in enumerate(row) if token != OPEN}
+        law = torch.zeros(len(row), len(self.vocabulary), dtype=torch.float64)
+        for i, marginal in self.task.marginals(self.sample, known).items():
+            for token, probability in marginal.items():
+                law[i, self.index[token]] = probability
+        return law
+
+    def answers(self, tokens: Tensor) -> list[Answer]:
+        """[B,n] indices as answers."""
+        return [tuple(self.vocabulary[token] for token in row) for row in tokens.tolist()]
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What a simulated decoder did with B rows of one sample."""
+
+    answers: list[Answer]
+    passes: Tensor  # [B]
+    order: Tensor  # [B,n] the pass that committed each position, from 0
+    right: Tensor  # [B] bool
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.right.double().mean())
+
+
+def simulate(law: IdealLaw, choose: Chooser, rows: int, *, greedy: bool = False, seed: int = 0) -> Simulation:
+    """Decode `rows` copies of one sample: marginals, one prediction each, commit what `choose` says (one at least).
+
+    greedy takes the likeliest token, ties at random for each position (a fixed order would make positions collide).
+    """
+    n = len(law.sample.reference)
+    known = torch.full((rows, n), OPEN)
+    order = torch.full((rows, n), -1)
+    row, position = torch.arange(rows)[:, None], torch.arange(n)
+    step = 0
+    while bool((known == OPEN).any()):
+        probs = law(known)
+        at = uniform(seed, row, position, 1000 * step + _TIES)  # [B,n]
+        if greedy:
+            tokens = torch.arange(len(law.vocabulary))
+            noise = uniform(seed, row[..., None] * n + position[:, None], tokens, 1000 * step + _TIES)
+            predicted = (probs + 1e-9 * noise).argmax(-1)
+        else:
+            predicted = sample_categorical(probs, at)
+        confidence = probs.gather(-1, predicted[..., None]).squeeze(-1)
+        masked = known == OPEN
+        commit = choose(confidence, masked, uniform(seed, row, position, 1000 * step + _PICK)) & masked
+        best = torch.where(masked, confidence, -1.0).argmax(-1, keepdim=True)
+        none = ~commit.any(-1, keepdim=True) & masked.any(-1, keepdim=True)
+        commit |= torch.zeros_like(commit).scatter(-1, best, True) & none
+        known = torch.where(commit, predicted, known)
+        order = torch.where(commit, step, order)
+        step += 1
+    answers = law.answers(known)
+    right = torch.tensor([law.task.valid(law.sample, answer) for answer in answers])
+    return Simulation(answers, order.max(-1).values + 1, order, right)
+
+
+def top_k(k: int, by: str = "confidence") -> Chooser:
+    """The k best masked positions by confidence, at random, or from the left. Raises InvalidValue for k < 1."""
+    if k < 1 or by not in ("confidence", "random", "left"):
+        raise InvalidValue(f"top_k commits k >= 1 by confidence, random or left, got {k} by {by!r}")
+
+    def choose(confidence: Tensor, masked: Tensor, u: Tensor) -> Tensor:
+        place = -torch.arange(masked.shape[-1], dtype=torch.float64)
+        # equal confidences are the rule here: in a fixed order they would make the choice a left-to-right one
+        score = {"confidence": confidence + 1e-9 * u, "random": u, "left": place.expand_as(u)}[by]
+        rank = torch.where(masked, score, -torch.inf).argsort(-1, descending=True).argsort(-1)
+        return rank < k
+
+    return choose
+
+
+def threshold(gamma: float) -> Chooser:
+    """Every position whose confidence is above gamma."""
+    return lambda confidence, masked, u: confidence > gamma
+
+
+class IdealNet(nn.Module):
+    """The interface of a masked LM over canvases prompt ++ answer: hidden are log-marginals, the head passes them on.
+
+    Rows find their sample by the canvas's prompt ids, which must differ from sample to sample. vocabulary: V tokens by
+    id (the mask id among them; its logit is -inf); answers: prompt ids -> (task, sample).
+    Ties at random: a tiny noise, fixed per (prompt, known tokens, position), breaks equal probabilities.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Sequence[str],
+        mask_id: int,
+        answers: dict[tuple[int, ...], tuple[Task, Sample]],
+        noise: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.vocabulary, self.mask_id, self.noise = tuple(vocabulary), mask_id, noise
+        self.laws = {prompt: IdealLaw(task, sample, self.vocabulary) for prompt, (task, sample) in answers.items()}
+        if len({len(prompt) for prompt in answers}) != 1:
+            raise InvalidValue("an ideal net takes prompts of one length")
+        self.prompt_length = len(next(iter(answers)))
+        self.calls = 0
+
+    def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """tokens [B,L] -> log-marginals [B,L,V]; uniform over the prompt, -inf for tokens of probability 0."""
+        self.calls += 1
+        B, L = tokens.shape
+        hidden = torch.zeros(B, L, len(self.vocabulary))
+        for b, row in enumerate(tokens.tolist()):
+            prompt = tuple(row[: self.prompt_length])
+            law = self.laws[prompt]
+            n = len(law.sample.reference)
+            answer = tokens[b, self.prompt_length : self.prompt_length + n]
+            probs = law(torch.where(answer == self.mask_id, OPEN, answer)[None])[0]
+            if self.noise:
+                state = hash(tuple(row)) % (1 << 31)
+                at = torch.arange(n)[:, None]
+                probs = probs * (1 + self.noise * uniform(state, at, torch.arange(probs.shape[-1]), _TIES))
+            hidden[b, self.prompt_length : self.prompt_length + n] = probs.log().float()
+        return hidden
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """[..., V] -> logits [..., V]."""
+        return hidden.index_fill(-1, torch.tensor([self.mask_id]), -torch.inf)
