@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from draftsmith.inference.errors import InvalidType, InvalidValue, unknown_choice
 
 if TYPE_CHECKING:
+    from draftsmith.inference.canvas import CanvasDecoder
     from draftsmith.inference.costs import CostCurve
     from draftsmith.inference.requests import Decoder, Recorder
     from draftsmith.inference.sampling import SamplingParams
@@ -29,6 +30,7 @@ class DecoderEntry:
     build: str  # dotted path of a function: see `build` below
     lossy_settings: tuple[str, ...] = ()  # settings that give losslessness up when they are not at their default
     optional: tuple[str, ...] = ()  # roles of parts that it takes where they are given
+    requests: str = "tokens"  # what it decodes: "tokens" (TokenRequest) or "canvas" (CanvasRequest)
 
     def settings_type(self) -> type[Any]:
         """The settings' dataclass; every field carries its help text in `metadata["help"]`."""
@@ -117,9 +119,9 @@ _ENTRIES = (
 _TABLE = {entry.name: entry for entry in _ENTRIES}
 
 
-def names() -> tuple[str, ...]:
-    """The decoders' names, in the order of the table."""
-    return tuple(_TABLE)
+def names(requests: str = "tokens") -> tuple[str, ...]:
+    """The names of the decoders of one kind of requests ("tokens" or "canvas"), in the order of the table."""
+    return tuple(name for name, entry in _TABLE.items() if entry.requests == requests)
 
 
 def get(name: str) -> DecoderEntry:
@@ -168,9 +170,46 @@ def build(
 
     Args: settings: the decoder's own dataclass or a mapping. costs: used by the decoders that choose by cost.
     vocab_size: ids that all parts share, where their heads are padded differently.
-    Raises InvalidValue for an unknown name or setting and for a missing or superfluous part.
+    Raises InvalidValue for an unknown name or setting, a missing or superfluous part, and a decoder of canvases.
     """
+    entry, ready = _checked(name, parts, "tokens")
+    decoder: Decoder = _load(entry.build)(
+        ready,
+        sampling=sampling,
+        settings=make_settings(name, settings),
+        seed=seed,
+        tokenizer=tokenizer,
+        recorder=recorder,
+        costs=costs,
+        vocab_size=vocab_size,
+    )
+    return decoder
+
+
+def build_canvas(
+    name: str,
+    parts: Mapping[str, Any],
+    *,
+    sampling: "SamplingParams | None" = None,
+    settings: Mapping[str, Any] | object | None = None,
+    seed: int = 0,
+) -> "CanvasDecoder":
+    """Build a decoder of canvases; arguments and errors as of `build`."""
+    entry, ready = _checked(name, parts, "canvas")
+    decoder: CanvasDecoder = _load(entry.build)(
+        ready, sampling=sampling, settings=make_settings(name, settings), seed=seed
+    )
+    return decoder
+
+
+def _checked(name: str, parts: Mapping[str, Any], requests: str) -> tuple[DecoderEntry, dict[str, Any]]:
+    """The row and its parts, unwrapped."""
     entry = get(name)
+    if entry.requests != requests:
+        raise InvalidValue(
+            f"decoder {name!r} takes {entry.requests} requests, and {requests} were meant: choose one of "
+            f"{', '.join(names(requests))}"
+        )
     for role in entry.needs:
         if role not in parts:
             raise InvalidValue(
@@ -181,17 +220,7 @@ def build(
             raise InvalidValue(
                 f"decoder {name!r} takes no part in the role {role!r} (it takes {', '.join(entry.needs)})"
             )
-    decoder: Decoder = _load(entry.build)(
-        {role: getattr(part, "part", part) for role, part in parts.items()},
-        sampling=sampling,
-        settings=make_settings(name, settings),
-        seed=seed,
-        tokenizer=tokenizer,
-        recorder=recorder,
-        costs=costs,
-        vocab_size=vocab_size,
-    )
-    return decoder
+    return entry, {role: getattr(part, "part", part) for role, part in parts.items()}
 
 
 def _load(path: str) -> Any:
