@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from draftsmith.inference.errors import InvalidValue, unknown_choice
+from draftsmith.inference.nets.config_json import read_config
 from draftsmith.inference.nets.matrices import Matrix, matrix
 from draftsmith.inference.nets.rope import RopeTable, rope_frequencies
 from draftsmith.inference.nets.transformer import Block, BlockConfig, RMSNorm
@@ -98,14 +99,7 @@ class MaskedLMConfig:
     @staticmethod
     def from_json(fields: Mapping[str, Any], where: str = "config.json") -> "MaskedLMConfig":
         """The reverse of `to_json`. Raises InvalidValue for keys that are unknown or missing."""
-        known = {f.name: f for f in dataclasses.fields(MaskedLMConfig)}
-        unknown = sorted(set(fields) - set(known))
-        if unknown:
-            raise unknown_choice(f"key in {where}", unknown[0], known)
-        missing = sorted({n for n, f in known.items() if f.default is dataclasses.MISSING} - set(fields))
-        if missing:
-            raise InvalidValue(f"{where} lacks {', '.join(missing)}: it does not describe a masked language model")
-        return MaskedLMConfig(**fields)
+        return read_config(MaskedLMConfig, fields, "a masked language model", where)
 
 
 class CanvasCache:
@@ -221,7 +215,7 @@ class MaskedLM(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Embeddings of length about 1; linears as torch makes them, those that write to the stream smaller by depth."""
+        """Embeddings of length about 1; linears as torch makes them, those that write to the stream less by depth."""
         width = self.config.hidden_size**-0.5
         with torch.no_grad():
             for table in (self.embed_tokens, self.embed_positions):
