@@ -68,11 +68,46 @@ KINDS: dict[str, Kind] = {
             "draftsmith.inference.load_eagle:load_eagle",
         ),
         Kind(
+            "any-subset-lm",
+            "an any-subset autoregressive model: fills holes anywhere and scores whole completions",
+            ("target",),
+            ("vocab_size",),
+            "draftsmith.inference.load_any_subset:load_any_subset",
+        ),
+        Kind(
             "ngram-table",
             "counts of a corpus: a tri-gram table (decoders aded, tree) or a retrieval store (decoder tree)",
             ("draft",),
             ("vocab_size",),
             "draftsmith.inference.load_ngram:load_ngram",
+        ),
+        Kind(
+            "image-tokenizer",
+            "images as codes and back: what image models speak",
+            ("tokenizer",),
+            ("vocab_size",),
+            "draftsmith.inference.load_image:load_image_tokenizer",
+        ),
+        Kind(
+            "image-ar",
+            "an autoregressive model over the codes of an image",
+            ("target",),
+            ("vocab_size",),
+            "draftsmith.inference.load_image:load_image_ar",
+        ),
+        Kind(
+            "masked-lm",
+            "a masked diffusion language model: fills the holes of canvases",
+            ("target",),
+            ("vocab_size",),
+            "draftsmith.inference.load_masked:load_masked_lm",
+        ),
+        Kind(
+            "filter",
+            "a commit filter (Learn2PD): says which predictions of one masked diffusion model are final",
+            ("filter",),
+            ("vocab_size", "target"),
+            "draftsmith.inference.load_masked:load_filter",
         ),
     )
 }

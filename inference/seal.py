@@ -23,6 +23,7 @@ from draftsmith.inference.errors import InvalidValue
 from draftsmith.inference.load_eagle import replay_head
 from draftsmith.inference.loader import load
 from draftsmith.inference.manifest import Seal, SealCheck
+from draftsmith.inference.portable import INPUT_PREFIX, PortableNet
 
 # dtype -> (share of the largest |logit| by which serving may differ, least tolerance). float32: another order of sums;
 # the 16-bit types: rounding, loose because random deep networks amplify it (16% of the scale was seen in bfloat16); the
@@ -78,29 +79,41 @@ def replay(engine: Engine, tokens: Tensor) -> Tensor:
 def measure(directory: Path, inputs: Path) -> Seal:
     """Compare the export with the references in `inputs` (safetensors).
 
-    inputs: tokens int64 [B, T] (of an EAGLE head also features and embeds, see `replay_head`); float32: logits
-    [B, T, V] to be met when the export computes in float32; optionally also float16 or bfloat16, to be met when it
-    computes in that dtype. Metadata: what computed each of them.
+    inputs: tokens int64 [B, T] (of an EAGLE head also features and embeds, see `replay_head`; of a PortableNet its
+    own, "input.NAME" each); float32: logits [B, T, V] (or the net's own numbers) to be met when the export computes in
+    float32; optionally also float16 or bfloat16, to be met when it computes in that dtype. Metadata: what computed each
+    of them.
     """
     from safetensors import safe_open
 
     with safe_open(str(inputs), framework="pt", device="cpu") as file:
         names = file.metadata() or {}
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-    tokens = arrays.pop("tokens")
-    features, embeds = arrays.pop("features", None), arrays.pop("embeds", tokens)  # an EAGLE head's
+    given = {name: arrays.pop(name) for name in sorted(set(arrays) - set(names))}  # all but the references
+    first = given["tokens"] if "tokens" in given else next(iter(given.values()))
     scale = max(float(reference.abs().max()) for reference in arrays.values())
     checks = []
     for dtype, reference in sorted(arrays.items()):
         part: Any = load(directory, dtype=dtype, sealing=True).part
-        found = replay(part, tokens) if features is None else replay_head(part.net, features, embeds)
+        found = _replayed(part, given)
         if found.shape != reference.shape:
             raise InvalidValue(f"logits of shape {list(found.shape)}, the training class gave {list(reference.shape)}")
         difference = float((found - reference).abs().max())
         if difference != difference:
             raise InvalidValue(f"logits computed in {dtype} are not finite")
         checks.append(SealCheck(dtype, names.get(dtype, "unknown"), difference, tolerance(dtype, scale)))
-    return Seal(sha256(inputs), tokens.shape[0], tokens.shape[1], scale, tuple(checks))
+    return Seal(sha256(inputs), first.shape[0], first[0].numel(), scale, tuple(checks))
+
+
+def _replayed(part: Any, given: dict[str, Tensor]) -> Tensor:
+    """What a part makes of the fixed inputs, along the path that decoders use; float32 on the CPU."""
+    if isinstance(part, PortableNet):
+        own = {name.removeprefix(INPUT_PREFIX): array for name, array in given.items()}
+        with torch.inference_mode():
+            return part.seal_replay(own).float().cpu()
+    if "features" in given:
+        return replay_head(part.net, given["features"], given["embeds"])
+    return replay(part, given["tokens"])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,7 +13,7 @@ class ExportSpec:
     """The learned part of a module, ready to be written; what its `export_spec()` returns once it holds its weights."""
 
     kind: str  # a row of manifest.KINDS
-    model: nn.Module  # the class that trained: an HF PreTrainedModel, or an EagleHead (kind "eagle")
+    model: nn.Module  # the class that trained: an HF PreTrainedModel, an EagleHead (kind "eagle"), a PortableNet
     tokenizer_dir: str | None  # its files are copied byte by byte; None: the part works on bare ids
     target_dir: str | None = None  # kinds "drafter", "eagle": the target that it was trained for
     aux_layers: AuxLayers | None = None  # kind "eagle": the target's states that it reads
@@ -21,5 +21,6 @@ class ExportSpec:
     decode_defaults: dict[str, Any] = field(default_factory=dict)  # decoder settings chosen by measurement
     metrics: dict[str, Metric] = field(default_factory=dict)
     data_fingerprint: str | None = None
+    vocab_size: int | None = None  # of what it belongs to, where the net itself has no vocabulary (kind "filter")
     seed: int | None = None
     steps: int | None = None

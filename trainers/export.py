@@ -30,9 +30,10 @@ from draftsmith.inference.commands._args import CommandParser, parser
 from draftsmith.inference.errors import InvalidState, InvalidValue, unknown_choice
 from draftsmith.inference.manifest import Couplings, Manifest, Provenance, Seal, TargetCoupling
 from draftsmith.inference.nets.eagle_head import EagleHead
+from draftsmith.inference.portable import PortableNet
 from draftsmith.inference.rng import uniform
 from draftsmith.modules.export_spec import ExportSpec
-from draftsmith.trainers import export_adapter, export_eagle, runs
+from draftsmith.trainers import export_adapter, export_eagle, export_net, runs
 from draftsmith.trainers.export_format import WRITABLE, export_as
 from draftsmith.trainers.provenance import collect
 from draftsmith.trainers.strategies import read_state
@@ -119,8 +120,10 @@ def write(
     from transformers import PreTrainedModel
 
     model = spec.model
-    if not isinstance(model, PreTrainedModel | EagleHead):
-        raise InvalidValue(f"kind {spec.kind!r} is written from a transformers model, got {type(model).__name__}")
+    if not isinstance(model, PreTrainedModel | EagleHead | PortableNet):
+        raise InvalidValue(
+            f"kind {spec.kind!r} is written from a transformers model or a net of ours, got {type(model).__name__}"
+        )
     dtype = dtype or str(next(model.parameters()).dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise unknown_choice("dtype", dtype, DTYPES)
@@ -130,7 +133,7 @@ def write(
         config={},
         dtype=dtype,
         files={},
-        couplings=_couplings(spec, _rows(model)),
+        couplings=_couplings(spec, spec.vocab_size or _rows(model)),
         provenance=_completed(provenance or _provenance(collect(None)), spec),
         metrics=spec.metrics,
     )
@@ -144,6 +147,8 @@ def write(
                 positions = min(SEAL_TOKENS, model.config.max_length - 2)
                 tokens = seal_tokens(_rows(model), positions + 2)  # one more than pairs
                 export_eagle.save(model, DTYPES[dtype], directory, inputs, tokens)
+            elif isinstance(model, PortableNet):
+                export_net.save(spec.model, DTYPES[dtype], directory, inputs)
             else:
                 base = Path(str(spec.target_dir)) if spec.kind == "adapter" else None
                 with _quiet_libraries():
@@ -277,6 +282,8 @@ def _couplings(spec: ExportSpec, head_size: int) -> Couplings:
 
 def _rows(model: Any) -> int:
     """Ids that a model's vocabulary has."""
+    if isinstance(model, PortableNet):
+        return model.spec.vocab_size
     rows: int = model.config.vocab_size if isinstance(model, EagleHead) else len(model.get_output_embeddings().weight)
     return rows
 

@@ -6,17 +6,21 @@ with two-dimensional rotary positions. The class stands first; the output at pos
 Shape letters: B batch, N codes of an image (side^2), n new codes, D width, V codes of the codebook, d head width.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from draftsmith.inference.cache import StaticCache
+from draftsmith.inference.engine import EngineSpec
 from draftsmith.inference.errors import InvalidValue
 from draftsmith.inference.nets.rope import RopeTable
 from draftsmith.inference.nets.transformer import Block, BlockConfig, RMSNorm, plan_step
+from draftsmith.inference.rng import uniform
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,8 @@ class GridTable(RopeTable):
 class ImageAR(nn.Module):
     """Class and codes in, hidden states of the codes' laws out; the head is apart (contract 2)."""
 
+    WHAT: ClassVar[str] = "a raster image model"
+
     def __init__(self, config: ImageARConfig) -> None:
         super().__init__()
         self.config = config
@@ -111,6 +117,12 @@ class ImageAR(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
             if name == "lm_head.weight":
                 nn.init.zeros_(parameter)
+
+    @property
+    def spec(self) -> EngineSpec:
+        """Its sizes, as decoders ask for them."""
+        config = self.config
+        return EngineSpec("image-ar", config.codes, config.hidden_size, config.num_layers, config.num_tokens)
 
     @property
     def groups(self) -> tuple[int, ...]:
@@ -172,6 +184,18 @@ class ImageAR(nn.Module):
         state.inputs = torch.cat((state.inputs, self.embed_tokens(codes)), 1)
         return state
 
+    def seal_inputs(self) -> dict[str, Tensor]:
+        """Codes and classes of three images, one of them without a class."""
+        return seal_inputs(self.config.num_tokens, self.config.codes, self.config.num_classes)
+
+    def seal_reference(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Logits [B, N, V], teacher-forced."""
+        return self.logits(inputs["codes"], inputs["classes"])
+
+    def seal_replay(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The same, code by code through the cache; the second half behind a prefix that went in at once."""
+        return replay_steps(self, inputs["codes"], inputs["classes"])
+
     def _run(self, x: Tensor, cache: StaticCache | None) -> Tensor:
         batch, n, width = x.shape
         dropout = partial(F.dropout, p=self.config.dropout, training=self.training)
@@ -202,3 +226,28 @@ def check_classes(classes: Tensor, num_classes: int, class_dropout: float) -> No
         raise InvalidValue(f"class ids must lie in [0, {num_classes}] ({num_classes}: no class), got {low} to {high}")
     if high == num_classes and class_dropout == 0:
         raise InvalidValue("there is no unconditional row: the model was trained with class_dropout=0")
+
+
+def seal_inputs(tokens: int, codes: int, num_classes: int) -> dict[str, Tensor]:
+    """What an image model's parity seal feeds: codes int64 [3, N] and classes int64 [3]."""
+    rows, positions = torch.arange(3).unsqueeze(1), torch.arange(tokens).unsqueeze(0)
+    classes = torch.tensor([0, num_classes // 2, num_classes])
+    return {"codes": (uniform(0, rows, positions, 0) * codes).long(), "classes": classes}
+
+
+def replay_steps(model: Any, codes: Tensor, classes: Tensor) -> Tensor:
+    """Logits [B, N, V] group by group: the first half from the start, the second behind a prefix given at once.
+
+    model: an ImageModel (image_law.py).
+    """
+    half, parts = len(model.groups) // 2, []
+    made = 0
+    for first, last in ((0, half), (half, len(model.groups))):
+        state = model.prefilled(classes, codes[:, :made]) if made else model.start(classes)
+        for group in range(first, last):
+            parts.append(model.next_logits(state))
+            size = model.groups[group]
+            if group + 1 < last:
+                model.advance(state, codes[:, made : made + size])
+            made += size
+    return torch.cat(parts, 1)

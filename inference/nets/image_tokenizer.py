@@ -8,13 +8,17 @@ Shape letters: B batch, C channels of the image, H and W its sides, h = w sides 
 K scales, N tokens (h * w, or the sum of p_k^2).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from draftsmith.inference.engine import EngineSpec
 from draftsmith.inference.errors import InvalidValue
+from draftsmith.inference.rng import uniform
 
 INPUT_RANGE = (-1.0, 1.0)
 _SLACK = 0.05  # of the input range
@@ -216,6 +220,8 @@ class Decoder(nn.Module):
 class ImageTokenizer(nn.Module):
     """Encoder, codebook and decoder. The codebook is a plain parameter [V, D], which distilled decoding reads."""
 
+    WHAT: ClassVar[str] = "an image tokenizer"
+
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__()
         self.config = config
@@ -227,6 +233,12 @@ class ImageTokenizer(nn.Module):
         self.phi = nn.ModuleList(
             nn.Conv2d(config.code_dim, config.code_dim, 3, padding=1) for _ in range(_PHIS if config.scales else 0)
         )
+
+    @property
+    def spec(self) -> EngineSpec:
+        """Its sizes; the vocabulary are the codes."""
+        config = self.config
+        return EngineSpec("image-tokenizer", config.codes, config.code_dim, len(config.multipliers), config.num_tokens)
 
     @property
     def vectors(self) -> Tensor:
@@ -328,6 +340,33 @@ class ImageTokenizer(nn.Module):
         if self.config.scales:
             return self.decode_latent(self.sum_scales(vectors)[-1])
         return self.decode_latent(_square(vectors, self.config.side))
+
+    def seal_inputs(self) -> dict[str, Tensor]:
+        """Two images of noise, and codes."""
+        side, channels, tokens = self.config.resolution, self.config.channels, self.config.num_tokens
+        at = torch.arange(channels * side * side).view(1, channels, side, side)
+        rows = torch.arange(2)
+        images = uniform(0, rows.view(-1, 1, 1, 1), at, 0) * 2 - 1
+        codes = uniform(0, rows.view(-1, 1), torch.arange(tokens).view(1, -1), 1) * self.config.codes
+        return {"images": images.float(), "codes": codes.long()}
+
+    def seal_reference(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Latents and the decoded codes side by side, [B, any]; as training computes them."""
+        images = inputs["images"].to(self.codebook.dtype)
+        latent = self.quant_conv(self.encoder(images)).float()
+        if self.config.normalized:
+            latent = F.normalize(latent, dim=1)
+        vectors = self.vectors[inputs["codes"]]
+        if self.config.scales:
+            decoded = self.decode_latent(self.sum_scales(vectors)[-1])
+        else:
+            decoded = self.decode_latent(_square(vectors, self.config.side))
+        return torch.cat((latent.flatten(1), decoded.float().flatten(1)), 1)
+
+    def seal_replay(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The same by `latent` and `decode`."""
+        images = inputs["images"].to(self.codebook.dtype)
+        return torch.cat((self.latent(images).flatten(1), self.decode(inputs["codes"]).float().flatten(1)), 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Quantized]:
         """Reconstruction and what was quantised, for training."""

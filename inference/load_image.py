@@ -1,0 +1,31 @@
+"""Exports of kinds "image-tokenizer" and "image-ar" become the nets that they trained as."""
+
+from pathlib import Path
+
+import torch
+
+from draftsmith.inference.errors import InvalidValue
+from draftsmith.inference.nets.image_ar import ImageAR, ImageARConfig
+from draftsmith.inference.nets.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
+from draftsmith.inference.portable import read_net
+
+
+def load_image_tokenizer(
+    path: str | Path, *, engine: str = "auto", dtype: str = "auto", device: torch.device | str = "cpu"
+) -> ImageTokenizer:
+    """Raises InvalidValue, one line, for files that are not those of one image tokenizer."""
+    _native(engine)
+    return read_net(Path(path), ImageTokenizer, ImageTokenizerConfig, dtype=dtype, device=device)
+
+
+def load_image_ar(
+    path: str | Path, *, engine: str = "auto", dtype: str = "auto", device: torch.device | str = "cpu"
+) -> ImageAR:
+    """Raises InvalidValue, one line, for files that are not those of one image model."""
+    _native(engine)
+    return read_net(Path(path), ImageAR, ImageARConfig, dtype=dtype, device=device)
+
+
+def _native(engine: str) -> None:
+    if engine == "hf":
+        raise InvalidValue("image models have no transformers class here: leave engine at auto or native")
