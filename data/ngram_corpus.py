@@ -96,8 +96,10 @@ def sampled(target: LoadedPart, documents: Iterable[Document], count: int, given
 def counted(texts: Iterable[list[int]], vocab_size: int, given: Namespace) -> NgramTable | RestStore:
     """The table or the store of token sequences."""
     if given.store:
+        if given.bigrams:
+            raise InvalidValue("--bigrams counts for a table: leave it out with --store")
         return build_store(list(texts), vocab_size, given.span)
-    builder = TableBuilder(vocab_size, given.k)
+    builder = TableBuilder(vocab_size, given.k, bigrams=given.bigrams)
     for ids in texts:
         builder.add(ids)
     print(f"{builder.documents} documents, {builder.tokens} tokens, {builder.skipped} too short", file=sys.stderr)
@@ -117,6 +119,7 @@ def _parser() -> CommandParser:
     made.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write the export")
     made.add_argument("--field", default="text", help="key of the text in JSONL and Parquet rows (default: text)")
     made.add_argument("--k", type=int, default=K, help="most entries a key (default: %(default)s)")
+    made.add_argument("--bigrams", action="store_true", help="also count single tokens: what unseen pairs fall back to")
     made.add_argument("--store", action="store_true", help="a retrieval store (suffix array) instead of a table")
     made.add_argument("--span", type=int, default=16, help="longest match of a store (default: %(default)s)")
     made.add_argument(

@@ -143,7 +143,7 @@ def _seal(part: NgramTable | RestStore, directory: Path) -> Seal:
             known = rng.integers(0, len(part), _SEAL_KEYS // 2)
             pairs[: len(known)] = part.keys[known]
         for a, b in pairs.tolist():
-            (tokens, weights), (found, values) = part.lookup(a, b), again.lookup(a, b)
+            (tokens, weights), (found, values) = part.row(a, b), again.row(a, b)
             if tokens != found:
                 raise InvalidState(f"the table read back differs from the one built at key ({a}, {b})")
             worst = max([worst, *(abs(x - y) for x, y in zip(weights, values, strict=True))])

@@ -4,6 +4,8 @@
 and stored as compressed sparse rows; what decoding teaches lies in an overlay over it, so a base file is never written
 back and text of one user reaches another one only through an overlay that both share.
 
+A table may also hold what follows one token (bi-grams): keys (V, b), where V stands for any token. They answer for keys
+that were never seen.
 Shape letters: E keys, S entries, K most entries of a key, V vocabulary. eta: rate of an update.
 """
 
@@ -29,7 +31,7 @@ class NgramTable:
 
     vocab_size: int
     k: int
-    keys: NDArray[np.int64]  # [E, 2] in lexicographic order
+    keys: NDArray[np.int64]  # [E, 2] in lexicographic order; bi-grams, with V in the first column, come last
     offsets: NDArray[np.int64]  # [E + 1]; key e has the entries offsets[e]..offsets[e+1]-1
     tokens: NDArray[np.int32]  # [S]
     weights: NDArray[np.float32]  # [S]; of a key: above 0, at most 1 in sum
@@ -43,7 +45,12 @@ class NgramTable:
         return len(self.keys)
 
     def lookup(self, a: int, b: int) -> tuple[list[int], list[float]]:
-        """Tokens and weights of a key; empty lists where it was never seen."""
+        """Tokens and weights behind two tokens: of their key, else of the bi-gram, else empty lists."""
+        found = self.row(a, b)
+        return found if found[0] else self.row(self.vocab_size, b)
+
+    def row(self, a: int, b: int) -> tuple[list[int], list[float]]:
+        """Tokens and weights of this very key; empty lists where it was never seen. a = V: of the bi-gram."""
         codes: NDArray[np.int64] = self._codes  # type: ignore[attr-defined]  # of __post_init__
         code = a * self.vocab_size + b
         e = int(codes.searchsorted(code))
@@ -68,8 +75,12 @@ def _check(table: NgramTable) -> None:
     if len(bad) or table.offsets[0] != 0 or table.offsets[-1] != s:
         row = int(bad[0]) if len(bad) else 0 if table.offsets[0] != 0 else e - 1
         raise InvalidValue(f"n-gram table, row {row}: its offsets are damaged (1 to {table.k} entries a key, in order)")
-    for ids in (table.keys, table.tokens):
-        if ids.size and not (ids.min() >= 0 and ids.max() < table.vocab_size):
+    for ids, most in (
+        (table.keys[:, 0], table.vocab_size),
+        (table.keys[:, 1], table.vocab_size - 1),
+        (table.tokens, table.vocab_size - 1),
+    ):
+        if ids.size and not (ids.min() >= 0 and ids.max() <= most):
             raise InvalidValue(f"n-gram table: a token id is outside the vocabulary 0..{table.vocab_size - 1}")
     codes = table.keys[:, 0] * table.vocab_size + table.keys[:, 1]
     if (np.diff(codes) <= 0).any():
@@ -98,12 +109,13 @@ def empty_table(vocab_size: int, k: int = K) -> NgramTable:
 class TableBuilder:
     """Counts tri-grams of documents as they come, never across their borders."""
 
-    def __init__(self, vocab_size: int, k: int = K) -> None:
+    def __init__(self, vocab_size: int, k: int = K, *, bigrams: bool = False) -> None:
+        """bigrams: count what follows single tokens, too. Raises InvalidValue for numbers out of their range."""
         if vocab_size < 1 or k < 1:
             raise InvalidValue(f"vocab_size and K must be at least 1, got {vocab_size} and {k}")
         if vocab_size > 2_000_000:
             raise InvalidValue(f"vocab_size {vocab_size} is too large: a tri-gram's code must fit into 63 bits")
-        self._v, self._k = vocab_size, k
+        self._v, self._k, self._bigrams = vocab_size, k, bigrams
         self.documents = self.tokens = self.skipped = 0
         self._codes = np.zeros(0, np.int64)
         self._counts = np.zeros(0, np.int64)
@@ -129,7 +141,9 @@ class TableBuilder:
         self.documents += 1
         self.tokens += len(x)
         self._pending.append((x[:-2] * self._v + x[1:-1]) * self._v + x[2:])
-        self._waiting += len(x) - 2
+        if self._bigrams:
+            self._pending.append((self._v * self._v + x[1:-1]) * self._v + x[2:])  # the very positions of the tri-grams
+        self._waiting += (len(x) - 2) * (2 if self._bigrams else 1)
         if self._waiting >= _CHUNK:
             self._merge()
 
@@ -171,9 +185,11 @@ class TableBuilder:
         )
 
 
-def build_table(documents: Iterable[Sequence[int]], vocab_size: int, k: int = K) -> NgramTable:
+def build_table(
+    documents: Iterable[Sequence[int]], vocab_size: int, k: int = K, *, bigrams: bool = False
+) -> NgramTable:
     """A table of token sequences, for example sampled from the target itself. Raises as `TableBuilder`."""
-    builder = TableBuilder(vocab_size, k)
+    builder = TableBuilder(vocab_size, k, bigrams=bigrams)
     for ids in documents:
         builder.add(ids)
     return builder.table()
@@ -182,8 +198,11 @@ def build_table(documents: Iterable[Sequence[int]], vocab_size: int, k: int = K)
 class AdaptiveTable:
     """A table with an overlay that follows the target's laws; the least recently updated keys go first."""
 
-    def __init__(self, base: NgramTable, eta: float = 0.5, capacity: int = 2_000_000) -> None:
-        """Raises InvalidValue for a rate outside (0, 1] and for a capacity below 1."""
+    def __init__(self, base: NgramTable, eta: float = 0.5, capacity: int = 2_000_000, *, bigrams: bool = False) -> None:
+        """bigrams: learn and use what follows single tokens, too.
+
+        Raises InvalidValue for a rate outside (0, 1] and for a capacity below 1.
+        """
         if not 0 < eta <= 1:
             raise InvalidValue(f"the update rate eta lies above 0 and is at most 1, got {eta}")
         if capacity < 1:
@@ -192,6 +211,7 @@ class AdaptiveTable:
         self.updates = 0
         self._eta = eta
         self._capacity = capacity
+        self._bigrams = bigrams
         self._overlay: OrderedDict[tuple[int, int], tuple[list[int], list[float]]] = OrderedDict()
 
     @property
@@ -201,28 +221,39 @@ class AdaptiveTable:
 
     def lookup(self, a: int, b: int) -> tuple[list[int], list[float]]:
         """As `NgramTable.lookup`, what was learned first."""
+        found = self.row(a, b)
+        return self.row(self.base.vocab_size, b) if self._bigrams and not found[0] else found
+
+    def row(self, a: int, b: int) -> tuple[list[int], list[float]]:
+        """As `NgramTable.row`, what was learned first."""
         found = self._overlay.get((a, b))
-        return self.base.lookup(a, b) if found is None else found
+        return self.base.row(a, b) if found is None else found
 
     def update(self, a: int, b: int, tokens: Sequence[int], probs: Sequence[float]) -> None:
         """Blend the target's likeliest tokens into a key: w <- (1 - eta) w + eta p over the union, K highest kept.
 
-        A new key takes them as they are. tokens, probs: at most K of the target's law before temperature.
+        A new key takes them as they are; the bi-gram is treated alike. a = V: the token before is not known, and only
+        the bi-gram learns. tokens, probs: at most K of the target's law before temperature.
         """
-        old_tokens, old_weights = self.lookup(a, b)
         new = {t: p for t, p in itertools.islice(zip(tokens, probs, strict=True), self.base.k) if p > 0}
+        if self._bigrams:
+            self._blend(self.base.vocab_size, b, new)
+        if a < self.base.vocab_size:
+            self._blend(a, b, new)
+        self.updates += 1
+
+    def _blend(self, a: int, b: int, new: Mapping[int, float]) -> None:
+        old_tokens, old_weights = self.row(a, b)
+        blend = dict(new)
         if old_tokens:
             blend = {t: (1 - self._eta) * w for t, w in zip(old_tokens, old_weights, strict=True)}
             for t, p in new.items():
                 blend[t] = blend.get(t, 0.0) + self._eta * p
-        else:
-            blend = new
         best = sorted(blend.items(), key=lambda entry: (-entry[1], entry[0]))[: self.base.k]
         self._overlay[a, b] = ([t for t, _ in best], [w for _, w in best])
         self._overlay.move_to_end((a, b))
         if len(self._overlay) > self._capacity:
             self._overlay.popitem(last=False)
-        self.updates += 1
 
     def forget(self) -> None:
         """Drop everything that was learned."""
@@ -230,7 +261,7 @@ class AdaptiveTable:
 
     def merged(self) -> NgramTable:
         """Base and overlay as one table, to be written to a new file."""
-        rows = {(int(a), int(b)): self.base.lookup(int(a), int(b)) for a, b in self.base.keys}
+        rows = {(int(a), int(b)): self.base.row(int(a), int(b)) for a, b in self.base.keys}
         rows.update(self._overlay)
         ordered = sorted((key, row) for key, row in rows.items() if row[0])
         sizes = [len(row[0]) for _, row in ordered]

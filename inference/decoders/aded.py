@@ -6,7 +6,7 @@ likeliest tokens of the target's law BEFORE temperature, so that one table serve
 """
 
 import warnings
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,8 @@ from draftsmith.inference.tree_verification import TreeVerdict
 
 ADAPT = ("process", "call", "never")
 LEARN = ("committed", "verified")
+FALLBACK = ("bigram", "none")
+_AT_ONCE = 64  # prompt positions whose laws are made at once
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,17 @@ class AdedSettings:
             "choices": LEARN,
         },
     )
+    learn_prompt: int = field(
+        default=512,
+        metadata={"help": "last tokens of a prompt that the table learns from, too, at the price of the head; 0: none"},
+    )
+    fallback: str = field(
+        default="bigram",
+        metadata={
+            "help": "behind two tokens never seen together. bigram: what followed the last one. none: nothing",
+            "choices": FALLBACK,
+        },
+    )
     eta: float = field(default=0.5, metadata={"help": "rate of an update, above 0 to 1"})
     capacity: int = field(default=2_000_000, metadata={"help": "most keys that are learned; the oldest go first"})
     top: int = field(default=K, metadata={"help": "entries of a key where no table is given (K)"})
@@ -75,10 +88,18 @@ class AdedSettings:
             raise unknown_choice("adapt", self.adapt, ADAPT)
         if self.learn not in LEARN:
             raise unknown_choice("learn", self.learn, LEARN)
+        if self.fallback not in FALLBACK:
+            raise unknown_choice("fallback", self.fallback, FALLBACK)
+        if self.learn_prompt < 0:
+            raise InvalidValue(f"learn_prompt must be at least 0, got {self.learn_prompt}")
         for name in ("nodes", "depth", "top"):
             if getattr(self, name) < 1:
                 raise InvalidValue(f"{name} must be at least 1, got {getattr(self, name)}")
-        self.drafter(AdaptiveTable(empty_table(1), self.eta, self.capacity), None)
+        self.drafter(self.adaptive(empty_table(1)), None)
+
+    def adaptive(self, base: NgramTable) -> AdaptiveTable:
+        """Raises InvalidValue for values out of their range."""
+        return AdaptiveTable(base, self.eta, self.capacity, bigrams=self.fallback == "bigram")
 
     def drafter(self, table: AdaptiveTable, pad: int | None) -> NgramDrafter:
         """Raises InvalidValue for values out of their range."""
@@ -122,7 +143,7 @@ class AdedDecoder:
                 EmptyTableWarning,
                 stacklevel=2,
             )
-        self.table = AdaptiveTable(table, settings.eta, settings.capacity)
+        self.table = settings.adaptive(table)
         self._settings = settings
         self._drafter = settings.drafter(self.table, getattr(tokenizer, "bos_token_id", None))
         self._inner = TreeDecoder(
@@ -135,6 +156,7 @@ class AdedDecoder:
             recorder=recorder,
             vocab_size=vocab_size,
             listener=None if settings.adapt == "never" else self._learn,
+            reader=None if settings.adapt == "never" or not settings.learn_prompt else self._read,
         )
 
     def decode(self, requests: Sequence[TokenRequest]) -> DecodeResult:
@@ -154,6 +176,8 @@ class AdedDecoder:
             "depth": s.depth,
             "adapt": s.adapt,
             "learn": s.learn,
+            "learn_prompt": s.learn_prompt,
+            "fallback": s.fallback,
             "eta": s.eta,
             "k": self.table.base.k,
             "table_keys": len(self.table.base),
@@ -162,6 +186,20 @@ class AdedDecoder:
             **({"iterations": s.iterations, "c1": s.explore_c1, "c2": s.explore_c2} if s.search == "mcts" else {}),
         }
         return result
+
+    def _read(self, logits: Callable[[slice], Tensor], texts: Sequence[Sequence[int]]) -> None:
+        """Update the keys of the prompts' last tokens, their very last ones aside: those are the first roots."""
+        ends = [len(text) - 1 for text in texts]
+        starts = [max(0, end - self._settings.learn_prompt) for end in ends]
+        for first in range(min(starts), max(ends), _AT_ONCE):
+            last = min(first + _AT_ONCE, max(ends))
+            laws = logits(slice(first, last)).float().softmax(-1)
+            best = laws.topk(min(self.table.base.k, laws.shape[-1]), -1)
+            tokens, probs = best.indices.tolist(), best.values.tolist()
+            for b, text in enumerate(texts):
+                for j in range(max(first, starts[b]), min(last, ends[b])):
+                    a = text[j - 1] if j else self.table.base.vocab_size
+                    self.table.update(a, text[j], tokens[b][j - first], probs[b][j - first])
 
     def _learn(
         self, tree: Tree, verdict: TreeVerdict, logits: Tensor, live: Sequence[int], texts: Sequence[Sequence[int]]
@@ -186,9 +224,7 @@ class AdedDecoder:
                     break
                 a = int(before_)
                 if j == 0:  # the root, behind whatever stands in the text before it
-                    if len(texts[b]) < 2:
-                        continue  # a text of one token has no key
-                    a = texts[b][-2]
+                    a = texts[b][-2] if len(texts[b]) > 1 else self.table.base.vocab_size
                 self.table.update(a, int(last_), [int(t) for t in said[:k]], said[k:])
 
 

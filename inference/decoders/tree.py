@@ -37,6 +37,10 @@ Watcher = Callable[[Tree, TreeVerdict, Sequence[int]], None]
 # [B, N, V], which rows took part, and the texts [B] that end with the roots.
 Listener = Callable[[Tree, TreeVerdict, Tensor, Sequence[int], Sequence[Sequence[int]]], None]
 
+# What the target says at the prompts of a call: positions -> its logits [B, n, V] there (behind a row's last token but
+# one: of padding), made when they are asked for; and the texts [B].
+PromptReader = Callable[[Callable[[slice], Tensor], Sequence[Sequence[int]]], None]
+
 
 @dataclass
 class _Call:
@@ -64,11 +68,12 @@ class TreeDecoder:
         vocab_size: int | None = None,
         watcher: Watcher | None = None,
         listener: Listener | None = None,
+        reader: PromptReader | None = None,
     ) -> None:
         """vocab_size: the tokenizer's size, where the two heads are padded to different sizes above it.
 
         watcher: called once a round with what a calibration needs. listener: with what the target said, plain rounds
-        too.
+        too. reader: with what it says at the prompts, before the first round.
         """
         self._target = target
         self._drafter = drafter
@@ -79,6 +84,7 @@ class TreeDecoder:
         self._recorder = recorder
         self.watcher = watcher
         self._listener = listener
+        self._reader = reader
         self._policy: TreePolicy | None = getattr(drafter, "policy", None)
         self._nodes = self._settings.nodes if self._policy is None else self._policy.nodes
         self._draws = not self._sampling.greedy or self._settings.draft_temperature > 0
@@ -161,8 +167,10 @@ class TreeDecoder:
             [[*t[:-1], *[t[-1]] * (most - n)] for t, n in zip(session.tokens(), lengths, strict=True)],
             session.cache.device,
         )
-        _, aux = self._target.forward(ids, cache=session.cache, aux_layers=self._drafter.aux_layers)
+        hidden, aux = self._target.forward(ids, cache=session.cache, aux_layers=self._drafter.aux_layers)
         session.nfe["target"] += 1
+        if self._reader is not None:
+            self._reader(lambda places: self._target.head(hidden[:, places])[..., : self._vocab_size], session.tokens())
         session.cache.truncate(lengths)
         if aux:
             path = torch.zeros(len(lengths), 1, dtype=torch.int64, device=ids.device)

@@ -32,7 +32,7 @@ def text_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return str(outputs[0]["output_ids"])
 
 
-@pytest.mark.parametrize("extra", [[], ["--store"], ["--samples", "4", "--sample-length", "12"]])
+@pytest.mark.parametrize("extra", [[], ["--bigrams"], ["--store"], ["--samples", "4", "--sample-length", "12"]])
 def test_what_it_builds_is_served(
     extra: list[str], target: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -54,6 +54,8 @@ def test_bad_input_is_one_line(target: Path, corpus: Path, tmp_path: Path) -> No
     bare = write_lm(tmp_path / "bare", tokenizer=False)
     with pytest.raises(InvalidValue, match="has no tokenizer"):
         main([str(bare), str(corpus), *out])
+    with pytest.raises(InvalidValue, match="--bigrams counts for a table"):
+        main([str(target), str(corpus), *out, "--store", "--bigrams"])
     with pytest.raises(InvalidValue, match="no document has 9999 tokens"):
         main([str(target), str(corpus), *out, "--samples", "2", "--prompt-length", "9999"])
     assert not (tmp_path / "out").exists()

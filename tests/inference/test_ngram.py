@@ -130,6 +130,28 @@ def test_the_overlay_forgets_what_was_updated_longest_ago() -> None:
     assert whole.keys.tolist() == [[1, 0], [3, 0]] and whole.lookup(3, 0) == ([5], [1.0])
 
 
+def test_bigrams_answer_for_keys_never_seen(tmp_path: Path) -> None:
+    """By hand: 1 2 3, 4 2 5, 4 2 5: behind (7, 2) stands 5 twice in three, 3 once; (9, 9) was never seen at all."""
+    docs = [[1, 2, 3], [4, 2, 5], [4, 2, 5]]
+    table = build_table(docs, V, 3, bigrams=True)
+    assert table.lookup(1, 2) == ([3], [1.0]) and table.lookup(4, 2) == ([5], [1.0])
+    assert table.lookup(6, 2) == ([5, 3], pytest.approx([2 / 3, 1 / 3])) and table.lookup(6, 6) == ([], [])
+    assert table.row(6, 2) == ([], []) and table.keys.tolist()[-1] == [V, 2]
+    assert build_table(docs, V, 3).lookup(6, 2) == ([], []), "counted where they are asked for"
+    adaptive = AdaptiveTable(table, eta=0.5, bigrams=True)
+    adaptive.update(6, 2, [4, 5], [0.6, 0.4])  # a new key takes the law as it is; the bi-gram is blended
+    assert adaptive.row(6, 2) == ([4, 5], [0.6, 0.4])
+    assert dict(zip(*adaptive.lookup(0, 2), strict=True)) == pytest.approx({5: 1 / 3 + 0.2, 4: 0.3, 3: 1 / 6})
+    adaptive.update(V, 6, [1], [1.0])  # the token before is not known
+    assert adaptive.lookup(3, 6) == ([1], [1.0]) and adaptive.row(3, 6) == ([], [])
+    write_ngram(adaptive.merged(), tmp_path / "t", tokenizer=None, command="test")
+    again = load(tmp_path / "t").part.table
+    assert again.lookup(3, 6) == ([1], [1.0]) and again.lookup(0, 2)[0] == [5, 4, 3]
+    without = AdaptiveTable(table)
+    without.update(6, 2, [4], [1.0])
+    assert without.lookup(0, 2) == ([], []) and without.learned == 1, "neither used nor learned"
+
+
 # Search --------------------------------------------------------------------------------------------------------------
 
 
@@ -345,6 +367,26 @@ def test_rejected_branches_teach_too() -> None:
         assert sorted(tokens) == sorted(p.topk(3).indices.tolist())
 
 
+def test_prompts_teach_too() -> None:
+    """A ragged batch: every prompt position but the last token's holds the target's own law; bi-grams beside them."""
+    target, prompts = markov(8, 1, seed=1), ((3,), (1, 2, 6), (4, 5, 0, 7, 3, 1))
+    rows = {}
+    for learned, last in ((512, 5), (2, 2), (0, 0)):
+        settings = {"eta": 1.0, "top": 3, "learn_prompt": learned, "fallback": "none"}
+        decoder = registry.build("aded", {"target": target}, settings=settings)
+        decoder.decode(requests_for(prompts, 3, 1))  # one round, which teaches the roots
+        rows[last] = decoder.table._overlay
+        for (_, b), (tokens, weights) in decoder.table._overlay.items():
+            assert weights == pytest.approx(target.table[b].softmax(-1)[tokens].tolist(), abs=1e-6)
+    roots = {(2, 6), (3, 1)}
+    assert set(rows[0]) == roots
+    assert set(rows[2]) == roots | {(1, 2), (0, 7), (7, 3)}, "the last two tokens before a root"
+    assert set(rows[5]) == roots | {(1, 2), (4, 5), (5, 0), (0, 7), (7, 3)}
+    decoder = registry.build("aded", {"target": target})
+    decoder.decode(requests_for(prompts, 3, 1))
+    assert {b for a, b in decoder.table._overlay if a == 8} == {0, 1, 2, 3, 4, 5, 6, 7}
+
+
 def test_exported_tables_serve_through_the_loader(tmp_path: Path) -> None:
     target = markov(12, 1, seed=2, scale=4.0)
     write_ngram(build_table(samples(target, 60), 12), tmp_path / "t", tokenizer=None, command="test")
@@ -371,6 +413,8 @@ def test_what_aded_refuses() -> None:
         ({"depth": 0}, "depth must be at least 1"),
         ({"top": 0}, "top must be at least 1"),
         ({"iterations": 0}, "iterations must be at least 1"),
+        ({"fallback": "unigram"}, "unknown fallback"),
+        ({"learn_prompt": -1}, "learn_prompt must be at least 0"),
         ({"eta": 0.0}, "eta lies above 0"),
         ({"capacity": 0}, "at least 1 key"),
         ({"explore_c2": 0.0}, "explore_c2 above 0"),
