@@ -90,11 +90,21 @@ class Simulation:
 
 
 def simulate(law: IdealLaw, choose: Chooser, rows: int, *, greedy: bool = False, seed: int = 0) -> Simulation:
-    """Decode `rows` copies of one sample: marginals, one prediction each, commit what `choose` says (one at least).
+    """Decode `rows` copies of one sample by its exact marginals."""
+    known, order = fill(law, choose, rows, len(law.sample.reference), greedy=greedy, seed=seed)
+    answers = law.answers(known)
+    right = torch.tensor([law.task.valid(law.sample, answer) for answer in answers])
+    return Simulation(answers, order.max(-1).values + 1, order, right)
 
+
+def fill(
+    law: Callable[[Tensor], Tensor], choose: Chooser, rows: int, n: int, *, greedy: bool = False, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """(tokens [B,n], pass of each commit [B,n]): marginals, one prediction each, commit what `choose` says.
+
+    law: known [B,n] -> probabilities [B,n,V]. At least the most confident position is committed in each pass.
     greedy takes the likeliest token, ties at random for each position (a fixed order would make positions collide).
     """
-    n = len(law.sample.reference)
     known = torch.full((rows, n), OPEN)
     order = torch.full((rows, n), -1)
     row, position = torch.arange(rows)[:, None], torch.arange(n)
@@ -103,7 +113,7 @@ def simulate(law: IdealLaw, choose: Chooser, rows: int, *, greedy: bool = False,
         probs = law(known)
         at = uniform(seed, row, position, 1000 * step + _TIES)  # [B,n]
         if greedy:
-            tokens = torch.arange(len(law.vocabulary))
+            tokens = torch.arange(probs.shape[-1])
             noise = uniform(seed, row[..., None] * n + position[:, None], tokens, 1000 * step + _TIES)
             predicted = (probs + 1e-9 * noise).argmax(-1)
         else:
@@ -117,9 +127,7 @@ def simulate(law: IdealLaw, choose: Chooser, rows: int, *, greedy: bool = False,
         known = torch.where(commit, predicted, known)
         order = torch.where(commit, step, order)
         step += 1
-    answers = law.answers(known)
-    right = torch.tensor([law.task.valid(law.sample, answer) for answer in answers])
-    return Simulation(answers, order.max(-1).values + 1, order, right)
+    return known, order
 
 
 def top_k(k: int, by: str = "confidence") -> Chooser:
