@@ -364,8 +364,8 @@ class TestNothingIsLeft:
         def write(**changes: Any) -> Callable[[], object]:
             return lambda: export.write(dataclasses.replace(spec, **changes), tmp_path / "x")
 
-        refused(write(kind="filter"), "unknown kind 'filter': choose one of adapter, drafter, eagle")
-        refused(write(model=torch.nn.Linear(2, 2)), "written from a transformers model, got Linear")
+        refused(write(kind="filler"), "unknown kind 'filler': choose one of adapter, ")
+        refused(write(model=torch.nn.Linear(2, 2)), "from a transformers model or a net of ours, got Linear")
         refused(write(tokenizer_dir=str(tmp_path)), "holds no tokenizer files")
         refused(write(model=tiny.lm(vocab_size=299)), "has 300 ids, the head only 299 rows")
         refused(lambda: export.write(spec, tmp_path / "x", dtype="int8"), "unknown dtype 'int8'")
