@@ -23,12 +23,13 @@ from draftsmith.data.batches import TokenBatch
 from draftsmith.inference import manifest
 from draftsmith.inference.couplings import target_fingerprint
 from draftsmith.inference.errors import InvalidState, InvalidValue, unknown_choice
-from draftsmith.inference.nets.eagle_head import EagleConfig, EagleHead, load_tensors
+from draftsmith.inference.nets.eagle_head import EagleHead
+from draftsmith.modules.eagle_build import initialise, lend, warm_start
 from draftsmith.modules.eagle_metrics import StepMeans, Unrolled, by_step
-from draftsmith.modules.eagle_rollout import rollout
+from draftsmith.modules.eagle_rollout import goal_rows, rollout, trained_rows
 from draftsmith.modules.eagle_target import EagleSizes, EagleTarget, Observed
 from draftsmith.modules.export_spec import ExportSpec
-from draftsmith.modules.hf_model import DTYPES, HFModel
+from draftsmith.modules.hf_model import HFModel
 from draftsmith.modules.losses.chunked_head import HeadLoss, TeacherHead, chunked_head
 from draftsmith.modules.losses.divergence import ROW_LOSSES
 from draftsmith.modules.losses.draft_laws import (
@@ -45,6 +46,7 @@ DEFAULT_SIZES = EagleSizes()
 DEFAULT_OPTIM = OptimConfig(lr=1e-4, weight_decay=0.0)
 _META = "draftsmith"  # key of our own entry in a checkpoint
 _CE_SHARE = 0.1  # of cross-entropy in EAGLE-1's loss
+_CHUNK_ELEMENTS, _CHUNK_ROWS = 2**20, 256  # of logits on a CPU
 DEFINITIONS = {
     "val/loss": "mean over the steps, weighted by the decay, of the mean row loss at the validation labels",
     "val/accuracy": "share of rows of step 0 whose most likely draft token is the target's",
@@ -139,44 +141,19 @@ class EagleDrafter(pl.LightningModule):
         if self.target is None:
             self.use_target((EagleTarget.tables if self.cached else EagleTarget.load)(self.teacher_spec))
         target = self._target()
-        fresh = self.init_from is None
-        net = EagleHead(self.sizes.config(target.config)) if self.init_from is None else self._warm(self.init_from)
-        self.lend(net)
-        if fresh:
+        if self.init_from is None:
+            net = EagleHead(self.sizes.config(target.config))
             if net.config.reduced:
                 self._choose_vocabulary(net)
-            self._initialise(net)
+            initialise(net, target, output=self.init_head)
+        else:
+            net = warm_start(self.init_from, self.sizes, target)
+        lend(net, target)
         self.net = net
 
     def use_target(self, target: EagleTarget) -> None:
         """Set the target to learn from. It stays outside module registration."""
         self.target = target
-
-    def lend(self, net: EagleHead) -> None:
-        """Give a head what it reads of the target."""
-        if not net.config.own_embedding:
-            net.use_embedding(lambda: self._target().embedding)
-        if net.config.version == 1:
-            net.use_output(lambda x: F.linear(x, self._target().head_weight, self._target().head_bias))
-
-    def _warm(self, path: str) -> EagleHead:
-        from draftsmith.inference.formats import read_drafter
-
-        record = read_drafter(path, target_layers=self._target().config.get_text_config().num_hidden_layers)
-        if not isinstance(record.fields, EagleConfig):
-            raise InvalidValue(f"{path} holds no EAGLE head ({record.format}): model.init_from starts from one")
-        net = EagleHead(record.fields)
-        load_tensors(net, record.tensors, path)
-        if net.config.own_embedding:
-            net.embed_tokens.weight.requires_grad_(self.sizes.own_embedding)
-        want, got = self.sizes.config(self._target().config), net.config
-        for name in ("version", "vocab_size", "target_hidden_size"):
-            if getattr(want, name) != getattr(got, name):
-                raise InvalidValue(
-                    f"{path} has {name} {getattr(got, name)}, this run {getattr(want, name)}: it is a head for another "
-                    "target or method"
-                )
-        return net
 
     def _choose_vocabulary(self, net: EagleHead) -> None:
         """From the data's label counts; without data (an export) the checkpoint brings the tables."""
@@ -192,16 +169,6 @@ class EagleDrafter(pl.LightningModule):
         ids, covered = draft_vocabulary(data.label_counts(config.vocab_size), config.draft_vocab_size)
         net.set_draft_vocabulary(ids)
         self._meta["covered"] = covered
-
-    @torch.no_grad()
-    def _initialise(self, net: EagleHead) -> None:
-        target, config = self._target(), net.config
-        net.to(DTYPES["float32"])  # master weights, whatever the target's are
-        if config.own_embedding and config.hidden_size == config.target_hidden_size:
-            net.embed_tokens.weight.copy_(target.embedding)
-        same = config.version == 3 and config.hidden_size == config.target_hidden_size
-        if self.init_head and same and (not config.reduced or bool(net.t2d.any())):  # type: ignore[union-attr]
-            net.lm_head.weight.copy_(target.head_weight[net.draft_ids()])
 
     def configure_optimizers(self) -> Any:
         return build_optimizer(self.named_parameters(), self.optim, self.trainer.estimated_stepping_batches)
@@ -225,19 +192,16 @@ class EagleDrafter(pl.LightningModule):
                 f"texts of {rows + 1} tokens and {self.steps} steps, but the head has {net.config.max_positions} "
                 "positions: shorten data.text.length"
             )
-        trained = [self._trained(batch, k) for k in range(self.steps)]
         seen = self.observe(batch)
         features, last = seen.features[:, :-1].to(net.dtype), seen.last.flatten(0, 1)
         if self.training and self.noise:
             features = features + (torch.rand_like(features) * 2 - 1) * self.noise
-        goals = self._goals(batch, rows)
+        trained, goals = trained_rows(batch, self.steps).flatten(1), goal_rows(batch, self.steps).flatten(1)
         laws, slot = self._laws(last, trained, goals)
         inside = torch.ones_like(laws.argmax, dtype=torch.bool) if net.t2d is None else net.t2d[laws.argmax]
         if needs_argmax_inside(self.loss_name):
-            trained = [mask & inside[slot[goal]] for mask, goal in zip(trained, goals, strict=True)]
-        counts = self._counts(trained)
-        hidden, index, weight, step, place = [], [], [], [], []
-        extra = last.new_zeros(())
+            trained = trained & inside[slot[goals]]
+        scale = self.decay ** torch.arange(self.steps, device=last.device) / self._counts(trained).clamp_min(1)
         outs = rollout(
             net,
             net.embed(batch.ids),
@@ -246,24 +210,16 @@ class EagleDrafter(pl.LightningModule):
             batch.positions()[:, :-1] if batch.separate else None,
             batch.visible()[:, :, :-1, :-1] if batch.separate else None,
         )
-        for k, (out, mask) in enumerate(zip(outs, trained, strict=True)):
-            where = mask.flatten().nonzero().squeeze(1)
-            picked = out.flatten(0, 1)[where]
-            scale = self.decay**k / counts[k].clamp_min(1)
-            to = goals[k].flatten()[where]
-            if net.config.version == 1:
-                extra = (
-                    extra + F.smooth_l1_loss(picked, last[to].to(picked.dtype), reduction="none").mean(-1).sum() * scale
-                )
-                scale = scale * _CE_SHARE
-            hidden.append(net.ready(picked))
-            index.append(to)
-            weight.append(scale.expand(len(where)))
-            step.append(torch.full_like(where, k))
-            place.append(where)
-        at = torch.cat(index)
-        head = self._head(torch.cat(hidden), laws.at(slot[at]), last, at, torch.cat(weight), statistics)
-        return Unrolled(head.total + extra, head.stats, torch.cat(step), torch.cat(place), inside[slot[at]])
+        where = trained.flatten().nonzero().squeeze(1)  # the only wait for the device: rows of all steps at once
+        picked = torch.stack(list(outs)).flatten(0, 2)[where]
+        at, step, place = goals.flatten()[where], where // trained.shape[1], where % trained.shape[1]
+        weight, extra = scale[step], last.new_zeros(())
+        if net.config.version == 1:
+            gaps = F.smooth_l1_loss(picked, last[at].to(picked.dtype), reduction="none").mean(-1)
+            extra = (gaps * weight).sum()
+            weight = weight * _CE_SHARE
+        head = self._head(net.ready(picked), laws.at(slot[at]), last, at, weight, statistics)
+        return Unrolled(head.total + extra, head.stats, step, place, inside[slot[at]])
 
     def _head(
         self, hidden: Tensor, laws: DraftLaws, last: Tensor, at: Tensor, weight: Tensor, statistics: bool
@@ -283,31 +239,16 @@ class EagleDrafter(pl.LightningModule):
             row_loss=row_loss,
             example_weight=weight,
             bias=bias,
-            chunk_rows=self.chunk_rows,
+            chunk_rows=self.chunk_rows or cached_rows(matrix),
             statistics=statistics,
         )
 
-    def _trained(self, batch: TokenBatch, k: int) -> Tensor:
-        """bool [B, T - 1]: rows t of step k that are trained, iff token t + k + 2 is a label of the same document."""
-        rows, shift = batch.ids.shape[1] - 1, k + 2
-        mask = torch.zeros(len(batch.ids), rows, dtype=torch.bool, device=batch.ids.device)
-        label = batch.loss_mask[:, shift:].bool() & (batch.document[:, shift:] == batch.document[:, :-shift])
-        mask[:, : label.shape[1]] = label
-        return mask
-
-    def _goals(self, batch: TokenBatch, rows: int) -> list[Tensor]:
-        """Per step int64 [B, T - 1] into the B * T rows of the target: the one that predicts the same token."""
-        time = torch.arange(batch.ids.shape[1], device=batch.ids.device)
-        first = torch.arange(len(batch.ids), device=batch.ids.device).unsqueeze(1) * len(time)
-        return [first + (time[:rows] + k + 1).clamp_max(rows) for k in range(self.steps)]
-
-    def _laws(self, last: Tensor, trained: list[Tensor], goals: list[Tensor]) -> tuple[DraftLaws, Tensor]:
+    def _laws(self, last: Tensor, trained: Tensor, goals: Tensor) -> tuple[DraftLaws, Tensor]:
         """(laws at the N rows of the target that any step needs, int64 [B * T]: which of them a row is)."""
         net, target = self._built(), self._target()
         needed = torch.zeros(len(last), dtype=torch.bool, device=last.device)
         needed[0] = True  # of a batch without a label too, so that no table is empty
-        for mask, goal in zip(trained, goals, strict=True):
-            needed[goal[mask]] = True
+        needed[goals[trained]] = True
         slot = (needed.cumsum(0) - 1).clamp_min(0)
         ids, rows = None, None
         if net.d2t is not None:
@@ -316,9 +257,9 @@ class EagleDrafter(pl.LightningModule):
             ids, rows = self._rows
         return draft_laws(last[needed], target.head_weight, target.head_bias, ids, rows), slot
 
-    def _counts(self, trained: list[Tensor]) -> Tensor:
+    def _counts(self, trained: Tensor) -> Tensor:
         """float32 [K]: rows of each step on all ranks, divided by the ranks (the strategy averages gradients)."""
-        counts = torch.stack([mask.sum() for mask in trained]).float()
+        counts = trained.sum(1).float()
         if self._trainer is None:
             return counts
         total: Tensor = cast(Tensor, self.trainer.strategy.reduce(counts, reduce_op="sum"))
@@ -472,3 +413,13 @@ class EagleDrafter(pl.LightningModule):
         if self.target is None:
             raise InvalidState("the target is not loaded yet: call configure_model() first (the trainer does)")
         return self.target
+
+
+def cached_rows(weight: Tensor) -> int | None:
+    """Rows of a chunk of logits that a CPU works on within its caches; None elsewhere: the chunked head chooses.
+
+    At least 256, since every chunk goes over the whole gradient of the head. weight: [V, D].
+    """
+    if weight.device.type != "cpu" or weight.shape[0] * _CHUNK_ROWS > 2**24:
+        return None
+    return max(_CHUNK_ROWS, _CHUNK_ELEMENTS // weight.shape[0])

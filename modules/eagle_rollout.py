@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from draftsmith.data.batches import TokenBatch
 from draftsmith.inference.nets.eagle_head import EagleHead
 from draftsmith.inference.nets.masks import additive
 from draftsmith.inference.nets.transformer import Weights
@@ -53,6 +54,24 @@ def rollout(
         out = layer.leave(weights, residual, attended.reshape(batch * rows, -1)).view(batch, rows, width)
         yield out
         states = head.feedback(out)
+
+
+def trained_rows(batch: TokenBatch, steps: int) -> Tensor:
+    """bool [K, B, T - 1]: rows t of step k that are trained, iff token t + k + 2 is a label of row t's document."""
+    rows = batch.ids.shape[1] - 1
+    mask = torch.zeros(steps, len(batch.ids), rows, dtype=torch.bool, device=batch.ids.device)
+    for k, shift in enumerate(range(2, steps + 2)):
+        label = batch.loss_mask[:, shift:].bool() & (batch.document[:, shift:] == batch.document[:, :-shift])
+        mask[k, :, : label.shape[1]] = label
+    return mask
+
+
+def goal_rows(batch: TokenBatch, steps: int) -> Tensor:
+    """int64 [K, B, T - 1] into the B * T rows of the target: the one that predicts the token of row t, step k."""
+    size, time = batch.ids.shape
+    device = batch.ids.device
+    k, b, t = (torch.arange(n, device=device) for n in (steps, size, time - 1))
+    return b.view(1, -1, 1) * time + (t + k.view(-1, 1, 1) + 1).clamp_max(time - 1)
 
 
 def _shifted(x: Tensor, by: int, rows: int) -> Tensor:

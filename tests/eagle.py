@@ -63,3 +63,18 @@ def greedy_text(model: Any, prompt: list[int], new: int) -> torch.Tensor:
     for _ in range(new):
         text = torch.cat((text, model(text).logits[:, -1:].argmax(-1)), 1)
     return text
+
+
+@torch.no_grad()
+def sure_text(model: Any, new: int) -> tuple[list[int], torch.Tensor]:
+    """(prompt, int64 [1, len(prompt) + new]) that the target writes without ever being near a tie.
+
+    What learns a text with a tie by heart gets the tied token right or wrong by the last digits.
+    """
+    for first in range(64):
+        prompt = [first, 9, 30, 17]
+        ids = greedy_text(model, prompt, new)
+        top = model(ids).logits[0, len(prompt) - 1 : -1].softmax(-1).topk(2).values
+        if bool((top[:, 0] > 1.5 * top[:, 1]).all()) and len(ids.unique()) > 12:
+            return prompt, ids
+    raise AssertionError("every text of this target has a tie")
