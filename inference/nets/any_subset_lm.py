@@ -8,8 +8,9 @@ states of committed ranks never change, and their keys and values can be kept.
 Shape letters: B batch, N canvas, K queries, c content rows of a pass, D width, V vocabulary, m prompt length.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from draftsmith.inference.errors import InvalidState, InvalidValue, unknown_choice
 from draftsmith.inference.nets.any_subset_layers import Layer, LayerCache, Pass, Place, distance_encoding
+from draftsmith.inference.nets.any_subset_seal import Sealed
 
 SCHEMES = ("absolute", "xlnet")
 
@@ -82,12 +84,13 @@ class ContentCache:
             layer.select(rows)
 
 
-class AnySubsetLM(nn.Module):
+class AnySubsetLM(Sealed, nn.Module):
     """One stack for content and query rows, equal to two-stream attention with shared weights."""
 
     def __init__(self, config: AnySubsetConfig) -> None:
         super().__init__()
         self.config = config
+        self.trained: Mapping[str, Any] = {}  # of a loaded one: its manifest's mask_rate, order, ...
         absolute = config.scheme == "absolute"
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.query = nn.Parameter(torch.zeros(config.hidden_size))
@@ -113,6 +116,10 @@ class AnySubsetLM(nn.Module):
         self.reset_parameters()
         if config.tied:
             self.lm_head.weight = self.embed_tokens.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.query.device
 
     def reset_parameters(self) -> None:
         """Normal(0, 0.02); the projections back into the residual stream by 1 / sqrt(2 layers) less (GPT-2)."""
