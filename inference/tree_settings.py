@@ -9,6 +9,7 @@ from draftsmith.inference.errors import InvalidValue, unknown_choice
 from draftsmith.inference.sampling import SamplingParams
 from draftsmith.inference.traversal_verification import RULES
 from draftsmith.inference.tree_calibration import Calibration
+from draftsmith.inference.tree_costs import node_value
 from draftsmith.inference.tree_policies.chain import ChainPolicy
 from draftsmith.inference.tree_policies.dyspec import DySpecPolicy, DySpecThresholdPolicy
 from draftsmith.inference.tree_policies.eagle2 import Eagle2Policy
@@ -17,6 +18,8 @@ from draftsmith.inference.tree_policies.sequoia import SequoiaPolicy
 from draftsmith.inference.typical_acceptance import DELTA, EPSILON, check_typical
 
 AUTO = "auto"
+STOPS = ("budget", "cost")
+_STOP_BY_COST = (AUTO, "dyspec", "dyspec_threshold")
 POLICIES = (AUTO, "chain", "fixed", "sequoia", "dyspec", "dyspec_threshold", "eagle2")
 
 
@@ -64,6 +67,14 @@ class TreeSettings:
         default=0.0,
         metadata={"help": "policy dyspec: stop at nodes that are tested with less than this probability; 0: never"},
     )
+    stop: str = field(
+        default="budget",
+        metadata={
+            "help": "policies dyspec and dyspec_threshold. budget: at `nodes` nodes. cost: also where one more costs "
+            "more time than it can save (min_value, or threshold, from measured costs)",
+            "choices": STOPS,
+        },
+    )
     beam: int = field(default=10, metadata={"help": "policy eagle2: nodes expanded on each level"})
     calibration: str = field(
         default="",
@@ -94,6 +105,13 @@ class TreeSettings:
             raise unknown_choice("policy", self.policy, POLICIES)
         if self.verification not in RULES:
             raise unknown_choice("verification", self.verification, RULES)
+        if self.stop not in STOPS:
+            raise unknown_choice("stop", self.stop, STOPS)
+        if self.stop == "cost" and (self.policy not in _STOP_BY_COST or self.min_value or self.threshold):
+            raise InvalidValue(
+                f"stop=cost chooses min_value and threshold of the policies {', '.join(_STOP_BY_COST)}: leave them at "
+                f"0; got policy {self.policy!r}, {self.min_value} and {self.threshold}"
+            )
         for name in ("nodes", "depth", "beam"):
             if getattr(self, name) < 1:
                 raise InvalidValue(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -122,8 +140,15 @@ def make_policy(settings: TreeSettings, sampling: SamplingParams, costs: CostCur
     """The policy that settings name, `auto` meaning the one for a language model as the draft.
 
     costs: what calls cost on this machine; Sequoia takes a smaller tree where it pays better. Raises InvalidValue for a
-    calibration that was measured at other temperatures.
+    calibration that was measured at other temperatures, and for stop=cost without costs.
     """
+    least = 0.0
+    if settings.stop == "cost":
+        if costs is None:
+            raise InvalidValue(
+                "stop=cost needs measured costs: give costs=, or take 'draftsmith decode', which measures"
+            )
+        least = node_value(costs, settings.nodes)
     found = (
         Calibration.load(Path(settings.calibration), conditions(settings, sampling)) if settings.calibration else None
     )
@@ -138,14 +163,17 @@ def make_policy(settings: TreeSettings, sampling: SamplingParams, costs: CostCur
             p = None if found is None else found.sequoia
             if costs is None:
                 return SequoiaPolicy(nodes, depth, p=p)
-            return SequoiaPolicy(nodes, depth, p=p, t_draft=costs.draft_step, t_target=costs.t_verify)
+            fixed = costs.draft_fixed + costs.overhead
+            return SequoiaPolicy(
+                nodes, depth, p=p, t_draft=costs.draft_step, t_target=lambda m: costs.t_verify(m) + fixed
+            )
         case "dyspec_threshold":
-            threshold = settings.threshold or None
+            threshold = settings.threshold or least or None
             return DySpecThresholdPolicy(nodes, depth, threshold=threshold, adaptive=settings.adaptive, table=table)
         case "eagle2":
             return Eagle2Policy(nodes, depth, beam=settings.beam)
         case _:
-            return DySpecPolicy(nodes, depth, table=table, min_value=settings.min_value)
+            return DySpecPolicy(nodes, depth, table=table, min_value=settings.min_value or least)
 
 
 def conditions(settings: TreeSettings, sampling: SamplingParams) -> dict[str, float | bool]:

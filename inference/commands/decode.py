@@ -3,10 +3,10 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from draftsmith.inference import metrics, registry
 from draftsmith.inference.commands._args import CommandParser, parser
@@ -17,6 +17,9 @@ from draftsmith.inference.manifest import DTYPES
 from draftsmith.inference.prompts import PromptLine, read_prompts
 from draftsmith.inference.requests import Commit, Decoder, DecodeResult, RoundStats, TokenRequest
 from draftsmith.inference.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from draftsmith.inference.costs import CostCurve
 
 _GREEN, _RESET = "\x1b[32m", "\x1b[0m"
 
@@ -106,8 +109,8 @@ def main(argv: list[str]) -> int:
     settings = dict(_setting(text) for text in given.set)
     prompts = [PromptLine(given.prompt, None)] if given.prompt is not None else read_prompts(given.prompts)
     target = _load(given, given.target, "target")
-    decoder = _build(given, entry.name, target, sampling, settings)
     requests = [_request(given, target, line, number) for number, line in enumerate(prompts)]
+    decoder = _build(given, entry.name, target, sampling, settings, requests)
     writer = Writer(target.tokenizer, given.stop, _wants_color(given.color))
     outcome = Outcome()
     for start in range(0, len(requests), given.batch):
@@ -153,6 +156,13 @@ def _parser() -> CommandParser:
         help=f"a setting of the decoder; may be repeated: {', '.join(known)}",
     )
     made.add_argument(
+        "--costs",
+        type=Path,
+        metavar="FILE",
+        help="what calls cost, from 'draftsmith bench --json', for settings that choose by cost (default: measured "
+        "before decoding where a tree's size is chosen so)",
+    )
+    made.add_argument(
         "--allow-mismatch",
         action="store_true",
         help="go on with a draft made for another target or tokenizer pipeline, where the output stays exact",
@@ -181,7 +191,12 @@ def _load(given: argparse.Namespace, path: str, role: str) -> LoadedPart:
 
 
 def _build(
-    given: argparse.Namespace, name: str, target: LoadedPart, sampling: SamplingParams, settings: dict[str, Any]
+    given: argparse.Namespace,
+    name: str,
+    target: LoadedPart,
+    sampling: SamplingParams,
+    settings: dict[str, Any],
+    requests: Sequence[TokenRequest],
 ) -> Decoder:
     """The decoder; settings that the draft's manifest found best hold where the user chose none."""
     parts, vocab_size = {"target": target.part}, target.vocab_size
@@ -194,6 +209,7 @@ def _build(
             found_best = draft.manifest.couplings.decode_defaults  # for the decoder that it was measured with
             settings = {key: value for key, value in found_best.items() if key in known} | settings
         settings = _calibrated(name, target, draft, sampling, settings)
+    costs = _costs(given, name, parts, sampling, settings, requests)
     return registry.build(
         name,
         parts,
@@ -201,8 +217,40 @@ def _build(
         settings=settings,
         seed=given.seed,
         tokenizer=target.tokenizer,
+        costs=costs,
         vocab_size=vocab_size,
     )
+
+
+def _costs(
+    given: argparse.Namespace,
+    name: str,
+    parts: Mapping[str, Any],
+    sampling: SamplingParams,
+    settings: dict[str, Any],
+    requests: Sequence[TokenRequest],
+) -> "CostCurve | None":
+    """Costs from --costs; else measured now, at the requests' median length, where a tree's size is chosen by them."""
+    from draftsmith.inference.tree_costs import measure_tree, read_curve
+
+    if given.costs is not None:
+        return read_curve(given.costs, given.batch)
+    if name != "tree":
+        return None
+    chosen = registry.make_settings(name, settings)
+    if chosen.policy != "sequoia" and chosen.stop != "cost":
+        return None
+    lengths = sorted(len(request.prompt) for request in requests)
+    context = max(1, lengths[len(lengths) // 2] + given.max_new_tokens // 2)
+    found = measure_tree(
+        parts["target"], parts["draft"], nodes=chosen.nodes, batch=given.batch, context=context, sampling=sampling
+    )
+    print(
+        f"costs, measured: a target call {1e3 * found.plain:.3g} ms, on {chosen.nodes + 1} tokens "
+        f"{1e3 * found.t_verify(chosen.nodes + 1):.3g} ms, a draft step {1e3 * found.draft_step:.3g} ms",
+        file=sys.stderr,
+    )
+    return found
 
 
 def _calibrated(

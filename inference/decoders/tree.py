@@ -114,6 +114,7 @@ class TreeDecoder:
         result = session.result()
         result.notes["residual_underflow"] = call.underflow
         result.notes["rule"] = self._rule
+        result.notes["nodes"] = self._nodes
         return result
 
     @property
@@ -352,7 +353,7 @@ def build(
     costs: CostCurve | None,
     vocab_size: int | None,
 ) -> TreeDecoder:
-    """For the registry: the draft is an engine, or any TreeDrafter. costs: for the size of Sequoia's tree."""
+    """For the registry: the draft is an engine, or any TreeDrafter. costs: for policies that choose a size by them."""
     draft = parts["draft"]
     params = sampling or SamplingParams()
     if not hasattr(draft, "start"):

@@ -69,6 +69,7 @@ def variants(name: str) -> list[dict[str, Any]]:
     if "policy" in fields:  # trees
         policies = fields["policy"].metadata["choices"][1:]  # the first one stands for another
         found_trees: list[dict[str, Any]] = [{"policy": policy, "nodes": 6, "depth": 4} for policy in policies]
+        found_trees.append({"policy": "dyspec", "nodes": 6, "depth": 4, "stop": "cost"})
         return [*found_trees, {"policy": "fixed", "widths": "3-2", "verification": "traversal"}]
     if "schedule" not in fields:
         return [{}]
