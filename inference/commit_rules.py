@@ -223,6 +223,9 @@ class Oracle:
         width = max(map(len, references))
         self._canvas = torch.tensor([[*canvas, *[-1] * (width - len(canvas))] for canvas in references])
 
+    def __str__(self) -> str:
+        return "Oracle"
+
     def __call__(self, view: BlockView) -> Tensor:
         if self._canvas.device != view.predicted.device:
             self._canvas = self._canvas.to(view.predicted.device)
@@ -237,8 +240,11 @@ class LearnedFilter:
         """Raises InvalidValue for a threshold outside (0, 1]; 1 never says yes."""
         if not 0 < threshold <= 1:
             raise InvalidValue(f"threshold of a filter must lie in (0, 1], got {threshold}")
-        self.net = net
+        self.net, self.threshold = net, threshold
         self._bar = float("inf") if threshold == 1 else math.log(threshold / (1 - threshold))
+
+    def __str__(self) -> str:
+        return f"LearnedFilter({self.net.config.net}, threshold={self.threshold:g})"
 
     def __call__(self, view: BlockView) -> Tensor:
         return view.masked & (self.net.score(self.signals(view)) > self._bar)
