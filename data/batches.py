@@ -141,3 +141,96 @@ class OnlineBatch(Batch):
             lengths=self.lengths.clamp_max(limit),
             **{name: getattr(self, name)[keep] for name in ("row", "position", "law_ids", "logprob_bits", "tail_bits")},
         )
+
+
+@dataclass(eq=False)
+class CanvasBatch(Batch):
+    """Canvases for masked diffusion: which positions are masked is drawn in the step.
+
+    A row is [prompt | what may be masked | padding]; cut anywhere from `least` on it is still a whole sample. A row
+    that only fills the last batch up (sample_id = -1) has length 0.
+    """
+
+    ids: Tensor  # int64 [B, L]
+    prompt: Tensor  # int64 [B]; leading positions that are never masked
+    least: Tensor  # int64 [B]; prompt < least <= length: the shortest length to which the row may be cut
+    length: Tensor  # int64 [B]; positions before the padding
+    sample_id: Tensor  # int64 [B]; the sample's index in its data set
+
+    def __post_init__(self) -> None:
+        if self.ids.ndim != 2:
+            raise InvalidValue(f"CanvasBatch.ids must have shape [B, L], got {list(self.ids.shape)}")
+        rows = self.ids.shape[0]
+        check_field("CanvasBatch", "ids", self.ids, torch.int64, tuple(self.ids.shape))
+        for name in ("prompt", "least", "length", "sample_id"):
+            check_field("CanvasBatch", name, getattr(self, name), torch.int64, (rows,))
+
+
+@dataclass(eq=False)
+class TraceBatch(Batch):
+    """Passes of masked diffusion with what became of their predictions, for commit filters (Learn2PD).
+
+    Confidences, entropies and margins travel as the bit patterns of their float16 (`halves` gives them back). W: block.
+    """
+
+    confidence: Tensor  # int16 [B, W]
+    entropy: Tensor  # int16 [B, W]
+    margin: Tensor  # int16 [B, W]
+    predicted: Tensor  # int32 [B, W]
+    masked: Tensor  # uint8 [B, W]; 1: takes part in the loss
+    label: Tensor  # uint8 [B, W]; 1: the prediction was final
+    before_confidence: Tensor  # int16 [B, W]; of the pass before in the same block
+    before_predicted: Tensor  # int32 [B, W]
+    before_masked: Tensor  # uint8 [B, W]
+    follows: Tensor  # uint8 [B]; 1: there is such a pass
+    sample_id: Tensor  # int64 [B]; the record's index, PADDING in rows that only fill the last batch
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.masked.shape)
+        if len(shape) != 2:
+            raise InvalidValue(f"TraceBatch.masked must have shape [B, W], got {list(shape)}")
+        for name in ("confidence", "entropy", "margin", "before_confidence"):
+            check_field("TraceBatch", name, getattr(self, name), torch.int16, shape)
+        for name in ("predicted", "before_predicted"):
+            check_field("TraceBatch", name, getattr(self, name), torch.int32, shape)
+        for name in ("masked", "label", "before_masked"):
+            check_field("TraceBatch", name, getattr(self, name), torch.uint8, shape)
+        check_field("TraceBatch", "follows", self.follows, torch.uint8, shape[:1])
+        check_field("TraceBatch", "sample_id", self.sample_id, torch.int64, shape[:1])
+
+    @staticmethod
+    def halves(bits: Tensor) -> Tensor:
+        """float32 of float16 bit patterns."""
+        return bits.view(torch.float16).float()
+
+
+@dataclass(eq=False)
+class ImageBatch(Batch):
+    """Images with classes; scaled to [-1, 1] in the step (`images.scaled`)."""
+
+    pixels: Tensor  # uint8 [B, C, H, W]
+    classes: Tensor  # int64 [B]
+    sample_id: Tensor  # int64 [B]; -1: a row that only fills the last batch
+
+    def __post_init__(self) -> None:
+        if self.pixels.ndim != 4:
+            raise InvalidValue(f"ImageBatch.pixels must have shape [B, C, H, W], got {list(self.pixels.shape)}")
+        check_field("ImageBatch", "pixels", self.pixels, torch.uint8, tuple(self.pixels.shape))
+        for name in ("classes", "sample_id"):
+            check_field("ImageBatch", name, getattr(self, name), torch.int64, (self.pixels.shape[0],))
+
+
+@dataclass(eq=False)
+class CodeBatch(Batch):
+    """Images as codes, with classes; of pairs also the key of the noise that the flow carried to them."""
+
+    codes: Tensor  # int32 [B, N]
+    classes: Tensor  # int64 [B]
+    sample_id: Tensor  # int64 [B]; -1: a row that only fills the last batch. Of pairs: the number that keys their noise
+
+    def __post_init__(self) -> None:
+        if self.codes.ndim != 2:
+            raise InvalidValue(f"CodeBatch.codes must have shape [B, N], got {list(self.codes.shape)}")
+        check_field("CodeBatch", "codes", self.codes, torch.int32, tuple(self.codes.shape))
+        for name in ("classes", "sample_id"):
+            check_field("CodeBatch", name, getattr(self, name), torch.int64, (self.codes.shape[0],))
