@@ -13,17 +13,19 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from draftsmith.inference.engine import EngineSpec
 from draftsmith.inference.errors import InvalidValue, unknown_choice
 from draftsmith.inference.nets.config_json import read_config
 from draftsmith.inference.nets.matrices import Matrix, matrix
 from draftsmith.inference.nets.rope import RopeTable, rope_frequencies
 from draftsmith.inference.nets.transformer import Block, BlockConfig, RMSNorm
+from draftsmith.inference.rng import uniform
 
 POSITIONS = ("learned", "rope")
 
@@ -196,6 +198,8 @@ class BidirectionalBlock(Block):
 class MaskedLM(nn.Module):
     """Predicts every position of a canvas from all the others; what is trained is what is served."""
 
+    WHAT: ClassVar[str] = "a masked language model"
+
     def __init__(self, config: MaskedLMConfig) -> None:
         super().__init__()
         self.config = config
@@ -307,6 +311,49 @@ class MaskedLM(nn.Module):
             logits = self.output(hidden)
         logits[..., self.config.mask_id] = float("-inf")
         return logits
+
+    # --- as an export (inference.portable)
+
+    @property
+    def spec(self) -> EngineSpec:
+        """What couplings and decoders ask of the sizes."""
+        c = self.config
+        return EngineSpec("masked-lm", c.vocab_size, c.hidden_size, c.num_layers, c.max_length)
+
+    def seal_inputs(self) -> dict[str, Tensor]:
+        """Ragged canvases [3, L] of which about half are masks, and their lengths [3]."""
+        length = min(24, self.config.max_length)
+        rows, places = torch.arange(3).unsqueeze(1), torch.arange(length)
+        ids = (uniform(0, rows, places, 0) * self.config.vocab_size).long()
+        ids[uniform(0, rows, places, 1) < 0.5] = self.config.mask_id
+        return {"tokens": ids, "lengths": (length - torch.arange(3)).clamp_min(1)}
+
+    def seal_reference(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Logits [3, L, V] of one pass over the canvases."""
+        tokens, lengths = inputs["tokens"].to(self.device), inputs["lengths"].to(self.device)
+        return self._comparable(self(tokens, lengths), lengths)
+
+    def seal_replay(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The same from the cache: a pass that fills it, then block after block over what it holds of the others."""
+        tokens, lengths = inputs["tokens"].to(self.device), inputs["lengths"].to(self.device)
+        batch, length = tokens.shape
+        cache = CanvasCache(self.config, batch, length, self.dtype, self.device)
+        self.states(tokens, lengths, cache)
+        blocks = []
+        for start in range(0, length, 5):
+            columns = torch.arange(start, min(start + 5, length), device=self.device).expand(batch, -1)
+            blocks.append(self.states(tokens.gather(1, columns), lengths, cache, columns))
+        hidden = torch.cat(blocks, 1)
+        if self.config.logit_shift:
+            hidden = torch.cat((hidden[:, :1], hidden[:, :-1]), 1)
+        return self._comparable(hidden, lengths)
+
+    def _comparable(self, hidden: Tensor, lengths: Tensor) -> Tensor:
+        """Logits, 0 for the mask (which is never an answer) and where a row has no position."""
+        logits = self.head(hidden)
+        logits[..., self.config.mask_id] = 0.0
+        there = torch.arange(logits.shape[1], device=logits.device) < lengths.unsqueeze(1)
+        return logits * there.unsqueeze(-1)
 
 
 def refuse_causal(net: MaskedLM) -> None:

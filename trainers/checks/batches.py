@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from draftsmith.data.batches import TokenBatch
+from draftsmith.data.batches import CanvasBatch, TokenBatch
 from draftsmith.data.chat import has_generation_tags
 from draftsmith.data.online_data import OnlineDataModule
 from draftsmith.data.text import TextDataModule
@@ -78,12 +78,12 @@ def template(data: TextDataModule) -> list[Finding]:
 
 def labels(batches: list[Any]) -> Finding:
     """There is something to learn."""
-    texts = [batch for batch in batches if isinstance(batch, TokenBatch)]
+    texts = [batch for batch in batches if isinstance(batch, TokenBatch | CanvasBatch)]
     if not texts:
         return error(
             "labels", "the training data has no whole batch: give more text, or a smaller data.text.batch_size"
         )
-    count, total = sum(int(b.loss_mask.sum()) for b in texts), sum(b.ids.numel() for b in texts)
+    count, total = sum(_learned(b) for b in texts), sum(b.ids.numel() for b in texts)
     if count == 0:
         return error(
             "labels",
@@ -94,6 +94,12 @@ def labels(batches: list[Any]) -> Finding:
     if share < 0.05:
         return warning("labels", f"{100 * share:.1f}% of the first tokens are labels: most of the work teaches nothing")
     return ok("labels", f"{count} of the first {total} tokens are labels ({100 * share:.0f}%)")
+
+
+def _learned(batch: TokenBatch | CanvasBatch) -> int:
+    """Tokens of a batch that are, or may be masked and then are, to be predicted."""
+    found = batch.length - batch.prompt if isinstance(batch, CanvasBatch) else batch.loss_mask
+    return int(found.sum())
 
 
 def resume(loader: object) -> Finding:
