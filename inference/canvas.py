@@ -24,6 +24,7 @@ class CanvasRequest:
     row_id: int = 0
     stop_ids: tuple[int, ...] = ()  # what stands right of the first of them does not belong to the answer
     tag: str = ""
+    rank: Sequence[int] | None = None  # when each position is decoded (any-subset models); None: the lattice's order
 
     def __post_init__(self) -> None:
         if len(self.tokens) == 0:

@@ -150,10 +150,14 @@ def check_pair(target: LoadedPart, draft: LoadedPart, allow_mismatch: bool = Fal
 
 
 def _plain_kind(directory: Path) -> str:
-    """The kind of a directory without a manifest: an EAGLE head in the format of another engine, or a model."""
+    """The kind of a directory without a manifest: an EAGLE head of another engine, an XLNet, or a language model."""
     if not (directory / "config.json").is_file():
         return PLAIN_KIND
     config = read_json(directory / "config.json")
+    if config.get("model_type") == "xlnet":
+        return "any-subset-lm"
+    if config.get("model_type") in ("llada", "Dream"):
+        return "masked-lm"
     eagle = "speculators_model_type" in config or isinstance(config.get("eagle"), dict)
     return "eagle" if eagle or any("Eagle3" in str(name) for name in config.get("architectures") or ()) else PLAIN_KIND
 

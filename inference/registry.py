@@ -114,6 +114,43 @@ _ENTRIES = (
         build=f"{_DECODERS}.aded.build",
         optional=("draft",),
     ),
+    DecoderEntry(
+        name="any_subset",
+        summary="an any-subset model drafts several holes of a canvas and verifies them itself",
+        lossless=True,
+        needs=("target",),
+        settings=f"{_DECODERS}.any_subset.AnySubsetSettings",
+        build=f"{_DECODERS}.any_subset.build",
+        requests="canvas",
+    ),
+    DecoderEntry(
+        name="any_subset_sequential",
+        summary="one hole of a canvas a call, along the order: the baseline",
+        lossless=True,
+        needs=("target",),
+        settings=f"{_DECODERS}.any_subset.PlainCanvasSettings",
+        build=f"{_DECODERS}.any_subset.build_sequential",
+        requests="canvas",
+    ),
+    DecoderEntry(
+        name="any_subset_parallel",
+        summary="all holes of a canvas at once, each from the prompt alone: one call, not the joint law",
+        lossless=False,
+        needs=("target",),
+        settings=f"{_DECODERS}.any_subset.PlainCanvasSettings",
+        build=f"{_DECODERS}.any_subset.build_parallel",
+        requests="canvas",
+    ),
+    DecoderEntry(
+        name="parallel_diffusion",
+        summary="a masked diffusion model fills blocks from left to right, several tokens a pass by a rule of choice",
+        lossless=False,
+        needs=("target",),
+        settings=f"{_DECODERS}.parallel_diffusion.ParallelDiffusionSettings",
+        build=f"{_DECODERS}.parallel_diffusion.build",
+        optional=("filter",),
+        requests="canvas",
+    ),
 )
 
 _TABLE = {entry.name: entry for entry in _ENTRIES}
