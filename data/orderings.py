@@ -54,6 +54,11 @@ class MaskSchedule:
         """From itself, or from the plain dict that a checkpoint's hyper-parameters hold."""
         return spec if isinstance(spec, MaskSchedule) else cls(**spec)
 
+    @property
+    def highest(self) -> float:
+        """The largest rate of a run."""
+        return max(self.start, self.max_rate)
+
     def bounds(self, step: int) -> tuple[float, float]:
         """(lowest, highest) rate of an optimizer step."""
         done = 1.0 if self.warmup_steps == 0 else min(1.0, step / self.warmup_steps)

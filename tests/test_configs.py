@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from draftsmith.inference.errors import InvalidValue
+from draftsmith.modules.any_subset_lm import AnySubset
 from draftsmith.trainers import shipped
 from draftsmith.trainers.cli import Given
 from draftsmith.trainers.one_line import one_line
@@ -56,6 +57,10 @@ def test_it_builds(name: str) -> None:
         text = cli.datamodule.text
         assert text.length <= net.config.max_position_embeddings
         assert text.bpe_size is None or text.bpe_size <= net.config.vocab_size
+    if isinstance(cli.model, AnySubset) and cli.model.config is not None:
+        text, config = cli.datamodule.text, cli.model.config
+        assert text.length <= config.max_length
+        assert text.bpe_size is None or text.bpe_size <= config.mask_id < config.vocab_size
     assert not os.listdir()
 
 

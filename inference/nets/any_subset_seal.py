@@ -33,7 +33,7 @@ class Sealed:
         return EngineSpec("any-subset", c.vocab_size, c.hidden_size, c.num_layers, c.max_length)
 
     def seal_inputs(self) -> dict[str, Tensor]:
-        """tokens, rank int64 [B, N] and num_visible int64 [B]: two canvases whose prompts differ in place and length.
+        """tokens, rank int64 [B, N] and visible int64 [B] (prompt lengths): two canvases whose prompts differ in place and length.
 
         Raises InvalidValue for a canvas of fewer than four positions.
         """
@@ -48,7 +48,7 @@ class Sealed:
         return {
             "tokens": tokens,
             "rank": lattice_rank(place < num_visible.unsqueeze(1)),
-            "num_visible": num_visible,
+            "visible": num_visible,
         }
 
     def seal_reference(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -89,7 +89,7 @@ class Sealed:
 
 
 def _given(config: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return inputs["tokens"], inputs["rank"], inputs["num_visible"], order_of(inputs["rank"])
+    return inputs["tokens"], inputs["rank"], inputs["visible"], order_of(inputs["rank"])
 
 
 def _drafted(tokens: Tensor, visible: Tensor) -> int:
