@@ -33,7 +33,7 @@ class Sealed:
         return EngineSpec("any-subset", c.vocab_size, c.hidden_size, c.num_layers, c.max_length)
 
     def seal_inputs(self) -> dict[str, Tensor]:
-        """tokens, rank int64 [B, N] and visible int64 [B] (prompt lengths): two canvases whose prompts differ in place and length.
+        """tokens, rank int64 [B, N] and visible int64 [B] (prompt lengths): two canvases of different prompts.
 
         Raises InvalidValue for a canvas of fewer than four positions.
         """
