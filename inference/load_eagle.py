@@ -35,6 +35,11 @@ def load_eagle(
         raise InvalidValue("an EAGLE head has no transformers class: leave engine at auto or native")
     head = read_head(Path(path), dtype).to(device)
     head.fuse()
+    return own_tree(head)
+
+
+def own_tree(head: EagleHead) -> EagleTreeDrafter:
+    """A head as a drafter of the tree that it makes where no policy is chosen."""
     return EagleTreeDrafter(head, Eagle2Policy(NODES, DEPTH, beam=BEAM))
 
 

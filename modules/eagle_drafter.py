@@ -52,6 +52,8 @@ DEFINITIONS = {
     "val/accuracy": "share of rows of step 0 whose most likely draft token is the target's",
     "val/alpha": "mean sum_v min(p_v, q_v) of step 0 at the validation labels, of the whole vocabulary",
     "val/tau_simulated": "1 + sum over the steps of the product of the accuracies up to each (teacher's tokens)",
+    "val/alpha_decode": "acceptance of really decoding validation prompts with the served form",
+    "val/tau": "tokens per target call, bonus included, of the same decoding",
     "vocabulary/covered": "share of the training labels whose token is in the draft vocabulary",
 }
 

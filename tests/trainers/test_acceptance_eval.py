@@ -14,12 +14,16 @@ from draftsmith.data.online_data import OnlineDataModule, RouterConfig, TrafficC
 from draftsmith.data.online_stream import ServeSettings
 from draftsmith.inference import load, metrics, registry
 from draftsmith.inference.errors import InvalidType, InvalidValue
+from draftsmith.inference.load_eagle import load_eagle
 from draftsmith.inference.requests import TokenRequest
 from draftsmith.inference.sampling import SamplingParams
 from draftsmith.inference.served_draft import engine_of
+from draftsmith.modules.eagle_drafter import EagleDrafter
+from draftsmith.modules.eagle_target import EagleSizes
 from draftsmith.modules.hf_model import HFModel
 from draftsmith.modules.optim import OptimConfig
 from draftsmith.modules.osd_drafter import OSDDrafter
+from draftsmith.trainers import export_eagle
 from draftsmith.trainers.callbacks.acceptance import AcceptanceEval
 from draftsmith.trainers.callbacks.draft_swap import DraftSwap
 from tests.tiny import write_lm
@@ -104,6 +108,55 @@ def test_the_figures_are_those_of_the_decoder_with_the_weights_of_that_moment(pl
     assert "val/alpha" in shown  # the teacher-forced one beside it
 
 
+@pytest.mark.parametrize(("policy", "settings"), [("chain", {"policy": "chain", "nodes": 3, "depth": 3}), ("auto", {})])
+@pytest.mark.parametrize("version", [1, 3])
+def test_an_eagle_head_is_measured_as_its_export_drafts(
+    place: Path, tmp_path: Path, version: int, policy: str, settings: dict[str, Any]
+) -> None:
+    evaluation = AcceptanceEval(
+        requests=5,
+        prompt_length=4,
+        max_new_tokens=12,
+        draft_length=3 if settings else 5,
+        temperature=0.7,
+        batch=2,
+        policy=policy,
+    )
+    module = EagleDrafter(
+        HFModel(path=str(place / "target")),
+        EagleSizes(version=version, draft_vocab_size=None),
+        steps=1 if version == 1 else 2,
+        optim=OptimConfig(lr=1e-2, weight_decay=0.0, schedule="constant"),
+    )
+    data = Text()
+    trainer = trainer_of(tmp_path, evaluation, num_sanity_val_steps=0)
+    trainer.fit(module, datamodule=data)
+    assert module.net is not None
+    (tmp_path / "head").mkdir()
+    tokens = torch.randint(300, (2, 6))
+    export_eagle.save(module.net, torch.float32, tmp_path / "head", tmp_path / "inputs.safetensors", tokens)
+    decoder = registry.build(
+        "tree",
+        {"target": load(place / "target"), "draft": load_eagle(tmp_path / "head")},
+        sampling=SamplingParams(temperature=0.7),
+        settings=settings,
+    )
+    requests = [TokenRequest(r.prompt, 12, row_id=i) for i, r in enumerate(data.prompts(5, 4, 12))]
+    expected = metrics.summarize(decoder.decode(requests).rounds)
+    assert expected.tau is not None
+    assert float(trainer.callback_metrics["val/tau"]) == pytest.approx(expected.tau.value, abs=1e-6)
+    assert module.net.training and all(p.requires_grad for p in module.net.parameters())  # its copy was evaluated
+
+
+def test_training_on_cached_states_loads_the_target_to_decode_with(place: Path, tmp_path: Path) -> None:
+    evaluation = AcceptanceEval(requests=2, prompt_length=4, max_new_tokens=6)
+    module = EagleDrafter(HFModel(path=str(place / "target")), steps=2, cached=True)
+    module.configure_model()
+    assert module.target is not None and module.target.model is None
+    engine = evaluation._find_target(trainer_of(tmp_path), module)
+    assert engine.spec == load(place / "target").part.spec
+
+
 def test_a_second_validation_sees_new_weights_and_the_same_prompts(place: Path, tmp_path: Path) -> None:
     seen: list[float] = []
 
@@ -179,11 +232,13 @@ def test_what_is_missing_is_said(place: Path, tmp_path: Path) -> None:
 
         def configure_optimizers(self) -> None: ...
 
-    with pytest.raises(InvalidType, match="OSDDrafter"):
+    with pytest.raises(InvalidType, match="an OSDDrafter or an EagleDrafter"):
         trainer_of(tmp_path, AcceptanceEval()).fit(Other(), datamodule=Text())
 
 
-@pytest.mark.parametrize("changes", [{"requests": 0}, {"max_new_tokens": 0}, {"batch": 0}, {"draft_length": 0}])
+@pytest.mark.parametrize(
+    "changes", [{"requests": 0}, {"max_new_tokens": 0}, {"batch": 0}, {"draft_length": 0}, {"policy": "tree"}]
+)
 def test_settings_out_of_range(changes: dict[str, Any]) -> None:
     with pytest.raises(InvalidValue):
         AcceptanceEval(**changes)

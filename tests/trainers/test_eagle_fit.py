@@ -57,6 +57,7 @@ def test_a_run_is_exported_and_drafts_for_its_target(place: Path, whole: Path, h
     assert couplings.aux_layers is not None and couplings.aux_layers.layers == (2, 3)
     assert couplings.target is not None and couplings.trained["steps"] == 3
     assert draft.manifest.metrics["vocabulary/covered"].value > 0.99
+    assert draft.manifest.metrics["val/tau"].value >= 1.0  # by which the checkpoint was chosen
     requests = [TokenRequest(target.tokenizer.encode(f"def add{i}"), 16) for i in range(3)]
     plain = registry.build("autoregressive", {"target": target}).decode(requests)
     fast = registry.build("tree", {"target": target, "draft": draft}).decode(requests)
