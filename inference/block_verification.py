@@ -9,6 +9,11 @@ would be wrong here). Trees: traversal_verification.py.
 Shape letters: B batch, g draft length, V vocabulary. p target law, q draft law, k accepted, n offered, w prefix weight.
 """
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +24,7 @@ from draftsmith.inference.rng import sample_categorical
 RULES = ("token", "block")  # of a chain
 _VOCAB_BLOCK = 8192  # entries summed at once, so that no second [B, g, V] block is made
 _SUM_TOLERANCE = 1e-3
+_HOST_ROWS = 4  # so few rows on a CPU are verified one by one, without a call into torch per step
 
 
 def rule_used(verification: str, *, greedy: bool, law: bool) -> str:
@@ -89,6 +95,13 @@ def verify_block(x: Tensor, q: Tensor, p: Tensor, n: Tensor, u_accept: Tensor, u
             f"target and draft laws differ in width, {p.shape[-1]} and {q.shape[-1]} ids: scatter the draft's through "
             "its vocabulary map first"
         )
+    if p.device.type == "cpu" and len(x) <= _HOST_ROWS:
+        return _verify_on_host(x, q, p, n, u_accept, u_next)
+    return _verify_on_device(x, q, p, n, u_accept, u_next)
+
+
+def _verify_on_device(x: Tensor, q: Tensor, p: Tensor, n: Tensor, u_accept: Tensor, u_next: Tensor) -> Verdict:
+    """All rows and positions at once, without waiting for the device."""
     g = x.shape[1]
     w, h = block_tests(x, q, p, n)
     length = torch.arange(g + 1, device=x.device)
@@ -108,6 +121,44 @@ def verify_block(x: Tensor, q: Tensor, p: Tensor, n: Tensor, u_accept: Tensor, u
     q_x = q.gather(-1, x.unsqueeze(-1)).squeeze(-1)
     fault = torch.where((offered & ~(q_x > 0)).any(1), int(Fault.DRAFT), fault)
     return Verdict(k, y, overlap(p[:, :g], q), fault)
+
+
+def _verify_on_host(x: Tensor, q: Tensor, p: Tensor, n: Tensor, u_accept: Tensor, u_next: Tensor) -> Verdict:
+    """Row by row on the CPU, from the longest length down: behind the first that passes no residual has to be summed.
+
+    The same verdict as `_verify_on_device` (beta up to rounding). Between two network calls every call into torch is a
+    cold one of about ten microseconds, and the other form makes fifty.
+    """
+    laws_p, laws_q = p.numpy(), q.numpy()
+    size, number = p.shape[-1], laws_p.dtype.type
+    kept, token, fault = [], [], []
+    for b, (draft, offered, u) in enumerate(zip(x.tolist(), n.tolist(), u_accept.tolist(), strict=True)):
+        p_x = laws_p[b, range(offered), draft[:offered]].tolist()
+        q_x = laws_q[b, range(offered), draft[:offered]].tolist()
+        w = [1.0]
+        for top, bottom in zip(p_x, q_x, strict=True):
+            w.append(min(1.0, w[-1] * top / bottom) if top > 0 and bottom > 0 else 0.0)
+        k = next((i for i in range(offered, 0, -1) if u[i - 1] < _test(laws_p[b], laws_q[b], w, i, offered)), 0)
+        weighted = laws_p[b, k] * number(w[k])
+        rest = np.maximum(weighted - laws_q[b, k], 0) if k < offered else weighted
+        cdf = (rest if rest.sum() > np.finfo(number).tiny else weighted).cumsum(dtype=np.float64)
+        token.append(min(int(cdf.searchsorted(float(u_next[b]) * cdf[-1], side="right")), size - 1))
+        broken = next((i for i in range(offered + 1) if w[i] > 0 and math.isnan(laws_p[b, i, 0])), None)
+        kept.append(k if broken is None else broken)
+        impossible = not all(bottom > 0 for bottom in q_x)
+        fault.append(Fault.DRAFT if impossible else Fault.NONE if broken is None else Fault.TARGET)
+    beta = torch.from_numpy(np.minimum(laws_p[:, : x.shape[1]], laws_q).sum(-1))
+    k_, y, faults = torch.tensor([kept, token, fault], dtype=torch.int64)
+    return Verdict(k_, y, beta, faults)
+
+
+def _test(p: Any, q: Any, w: Sequence[float], i: int, n: int) -> float:
+    """h_i of one row, for 1 <= i <= n. p: [g+1, V]; q: [g, V]."""
+    if i == n:
+        return w[n]
+    mass = float(np.maximum(p[i] * p.dtype.type(w[i]) - q[i], 0).sum(dtype=np.float64))
+    denominator = mass + 1 - w[i]
+    return mass / denominator if denominator > 0 else 1.0
 
 
 def expected_accepted(p_x: Tensor, q_x: Tensor) -> tuple[Tensor, Tensor]:

@@ -137,6 +137,41 @@ def test_ragged_rows_equal_shorter_drafts() -> None:
         assert torch.equal(short.k, got.k[rows]) and torch.equal(short.y, got.y[rows])
 
 
+@pytest.mark.parametrize("vocab", [3, 300, 9000])  # the last one is summed in two blocks
+def test_few_rows_on_the_cpu_get_the_verdict_of_the_batched_form(vocab: int) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+
+    def law(*shape: int) -> Tensor:
+        return (2 * torch.randn(*shape, vocab, generator=generator)).softmax(-1)
+
+    kept = 0
+    for trial in range(120):
+        rows, g = trial % 3 + 1, (0, 1, 2, 5, 8)[trial % 5]
+        p = law(rows, g + 1)
+        q = p[:, :g].lerp(law(rows, g), 0.3)
+        x = torch.multinomial(q.reshape(-1, vocab), 1, generator=generator).view(rows, g)
+        n = torch.randint(g + 1, (rows,), generator=generator) if trial % 2 else torch.full((rows,), g)
+        if g and trial % 7 == 0:
+            p[0, 0, x[0, 0]] = 0.0  # excluded by the target
+        if g and trial % 11 == 0:
+            q[0, 0, x[0, 0]] = 0.0  # not the draft's own
+        if trial % 13 == 0:
+            p[0, trial % (g + 1)] = float("nan")
+        if g and trial % 17 == 0:
+            q = p[:, :g].clone()  # nothing is left of a residual
+        u = torch.rand(rows, g + 1, generator=generator, dtype=torch.float64)
+        many, few = (
+            rule(x, q, p, n, u[:, :g], u[:, g])
+            for rule in (block_verification._verify_on_device, block_verification._verify_on_host)
+        )
+        assert torch.equal(few.k, many.k) and torch.equal(few.fault, many.fault)
+        fine = many.fault == Fault.NONE
+        assert torch.equal(few.y[fine], many.y[fine])
+        torch.testing.assert_close(few.beta, many.beta, equal_nan=True)
+        kept += int(few.k.sum())
+    assert kept > 150
+
+
 def test_one_token_is_the_token_rule_and_large_vocabularies_are_summed_in_blocks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
