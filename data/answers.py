@@ -119,12 +119,12 @@ class AnswerFile:
             os.fsync(file.fileno())
 
 
-def claim(directory: Path, settings: dict[str, Any]) -> None:
-    """Note what the answers depend on. Raises InvalidValue when OUT has answers of other settings."""
+def claim(directory: Path, settings: dict[str, Any], name: str = SETTINGS) -> None:
+    """Note, in the file `name`, what the answers depend on. Raises InvalidValue when OUT has ones of other settings."""
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / SETTINGS
+    path = directory / name
     if not path.exists():
-        temporary = directory / f".{SETTINGS}.{os.getpid()}"
+        temporary = directory / f".{name}.{os.getpid()}"
         temporary.write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
         try:
             os.link(temporary, path)  # of several ranks the first one
@@ -137,8 +137,8 @@ def claim(directory: Path, settings: dict[str, Any]) -> None:
     if wrong:
         key = wrong[0]
         raise InvalidValue(
-            f"{directory} has answers with {key} {known.get(key)!r}, now it is {settings.get(key)!r}: give the same "
-            "settings to go on, or another OUT"
+            f"{directory} has {path.stem} with {key} {known.get(key)!r}, now it is {settings.get(key)!r}: give the "
+            "same settings to go on, or another OUT"
         )
 
 

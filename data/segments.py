@@ -89,6 +89,14 @@ def exact_nll(prompt: Sequence[int]) -> float:
     return sum(span > 0 for span in prompt[:SEGMENTS]) * math.log(10)
 
 
+def first_of(part: str) -> int:
+    """The first sample of "train", "val" or "test". Raises InvalidValue for another part."""
+    found = {"train": 0, "val": _VALIDATION, "test": _TEST}.get(part)
+    if found is None:
+        raise InvalidValue(f"no part {part!r} of the segments task: train, val or test")
+    return found
+
+
 def requests(
     count: int, *, answer_length: int = 24, seed: int = 0, start: int = 0, part: str = "test"
 ) -> list[CanvasRequest]:
@@ -96,9 +104,7 @@ def requests(
 
     Raises InvalidValue for another part.
     """
-    first = {"train": 0, "val": _VALIDATION, "test": _TEST}.get(part)
-    if first is None:
-        raise InvalidValue(f"no part {part!r} of the segments task: train, val or test")
+    first = first_of(part)
     ids, _ = samples(torch.arange(first + start, first + start + count), answer_length, seed)
     blank = [MASK] * answer_length
     holes = range(PROMPT, PROMPT + answer_length)

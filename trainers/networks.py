@@ -10,18 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from draftsmith.inference.errors import InvalidType, InvalidValue
-from draftsmith.inference.nets.eagle_head import EagleConfig
+from draftsmith.modules.any_subset_lm import AnySubset
 from draftsmith.modules.eagle_drafter import EagleDrafter
 from draftsmith.modules.eagle_target import EagleTarget
 from draftsmith.modules.emo_lm import EMOLM
 from draftsmith.modules.hf_model import DTYPES, HFModel, head_rows, refuse_changed_logits
+from draftsmith.modules.learn2pd_filter import Learn2PDFilter
 from draftsmith.modules.lm import LM
 from draftsmith.modules.losses.costs import TokenCosts
+from draftsmith.modules.masked_lm import MaskedDiffusion
 from draftsmith.modules.osd_drafter import OSDDrafter
 from draftsmith.trainers.meta import HostReads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# modules that train one net of inference/nets by its own config, and nothing beside it
+OWN_NETS = (MaskedDiffusion, AnySubset, Learn2PDFilter)
 
 
 class Weightless(HFModel):
@@ -75,9 +80,13 @@ def without_weights(module: pl.LightningModule) -> dict[str, nn.Module]:
         else:
             module.configure_model()
         return {"net.": module._built()}
+    if isinstance(module, OWN_NETS):
+        with torch.device("meta"):
+            module.configure_model()
+        return {"net.": module._built()}
     raise InvalidType(
         f"the networks of {type(module).__name__} are not known here: give a config whose model is LM, EMOLM, "
-        "OSDDrafter or EagleDrafter"
+        f"OSDDrafter, EagleDrafter or {' or '.join(kind.__name__ for kind in OWN_NETS)}"
     )
 
 
@@ -148,13 +157,15 @@ def trained_parameters(net: nn.Module) -> list[nn.Parameter]:
 
 
 def family(net: Any) -> str:
-    """The architecture, as transformers calls it."""
-    return str(getattr(net.config, "model_type", None) or net.config.family)
+    """The architecture, as transformers calls it; a net of ours by its class."""
+    named = getattr(net.config, "model_type", None) or getattr(net.config, "family", None)
+    return str(named or type(net).__name__)
 
 
 def token_rows(net: Any) -> int:
     """Ids that a network knows: the rows of its head, of an EAGLE head those of its target's."""
-    rows: int = net.config.vocab_size if isinstance(net.config, EagleConfig) else head_rows(net)
+    ours = dataclasses.is_dataclass(net.config)
+    rows: int = net.config.vocab_size if ours else head_rows(net)
     return rows
 
 

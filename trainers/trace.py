@@ -1,4 +1,7 @@
-"""`draftsmith trace answers`: a target answers prompts; the text that drafts should be trained on."""
+"""`draftsmith trace answers`: a target answers prompts; the text that drafts should be trained on.
+
+Other kinds of traces have a file and options of their own: `trace_learn2pd`.
+"""
 
 import os
 import sys
@@ -25,7 +28,11 @@ def _parser() -> CommandParser:
         """draftsmith trace answers exports/target traced --prompts prompts.jsonl --max-new-tokens 512 --batch 16
         srun --ntasks 4 draftsmith trace answers exports/target traced --prompts prompts.jsonl --device cuda""",
     )
-    made.add_argument("what", choices=("answers",), help="what is written: the target's answers")
+    made.add_argument(
+        "what",
+        choices=("answers", "learn2pd"),
+        help="what is written: the target's answers; learn2pd: a diffusion model's oracle passes (has its own --help)",
+    )
     made.add_argument("target", metavar="TARGET", help="export or Hugging Face directory of the target")
     made.add_argument("out", metavar="OUT", type=Path, help="directory; each rank writes a file of its own there")
     made.add_argument("--prompts", metavar="FILE", type=Path, nargs="+", required=True, help="JSONL")
@@ -46,9 +53,14 @@ def _parser() -> CommandParser:
     made.add_argument("--dtype", choices=DTYPES, help="to compute in (default: as the weights are stored)")
     made.add_argument("--device", default="cpu", help="for example cuda (default: cpu)")
     made.add_argument("--engine", default="auto", help="auto, native, or hf (adapter over transformers)")
+    add_shares(made)
+    return made
+
+
+def add_shares(made: CommandParser) -> None:
+    """The options of `shares`."""
     made.add_argument("--rank", type=int, metavar="I", help="this process of --ranks (default: as the launcher says)")
     made.add_argument("--ranks", type=int, metavar="N", help="processes that share the work")
-    return made
 
 
 def shares(rank: int | None, ranks: int | None) -> tuple[int, int]:
@@ -64,6 +76,10 @@ def shares(rank: int | None, ranks: int | None) -> tuple[int, int]:
 
 
 def main(argv: list[str]) -> int:
+    if argv[:1] == ["learn2pd"]:
+        from draftsmith.trainers import trace_learn2pd  # which imports this file
+
+        return trace_learn2pd.main(argv[1:])
     given = _parser().parse_args(argv)
     rank, ranks = shares(given.rank, given.ranks)
     if given.batch < 1 or given.max_new_tokens < 1:

@@ -6,21 +6,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draftsmith.data.batches import OnlineBatch, TokenBatch
+from draftsmith.data.batches import CanvasBatch, OnlineBatch, TokenBatch, TraceBatch
 from draftsmith.data.online_data import OnlineDataModule
+from draftsmith.data.orderings import widest
 from draftsmith.data.teacher_states import StateBatch, TeacherStatesModule
 from draftsmith.data.text import TextDataModule
+from draftsmith.data.trace_data import TraceDataModule
 from draftsmith.inference.decoders.speculative import SpeculativeSettings
 from draftsmith.inference.errors import InvalidType, InvalidValue
+from draftsmith.modules.any_subset_lm import AnySubset
 from draftsmith.modules.eagle_drafter import EagleDrafter
 from draftsmith.modules.hf_model import DTYPES, HFModel
+from draftsmith.modules.learn2pd_filter import Learn2PDFilter
 from draftsmith.modules.lm import LM
+from draftsmith.modules.masked_lm import MaskedDiffusion, corrupt
 from draftsmith.modules.osd_drafter import OSDDrafter
 from draftsmith.trainers import networks
 from draftsmith.trainers.checks.subject import Subject
 from draftsmith.trainers.memory import Load, Pieces
 from draftsmith.trainers.meta import StepTrace, trace_step
 
+_BEFORE = ("before_confidence", "before_predicted", "before_masked")
 SERVED_TARGET = "served target"
 
 
@@ -82,10 +88,19 @@ def trace_batch(subject: Subject, dtype: torch.dtype | None, device: str) -> Ste
         if isinstance(batch, OnlineBatch):
             assert isinstance(module, OSDDrafter)
             return module.online_loss(batch).total
+        if isinstance(batch, TraceBatch):
+            assert isinstance(module, Learn2PDFilter)
+            return module.loss(batch)[0]
+        if isinstance(batch, CanvasBatch):
+            assert isinstance(module, MaskedDiffusion)
+            return module.loss(batch, corrupt(batch, module.diffusion, 0, 0)).total
         if isinstance(module, OSDDrafter):
             return module.text_loss(batch).total
         if isinstance(module, EagleDrafter):
             return module.unroll(batch, statistics=False).total
+        if isinstance(module, AnySubset):
+            rows, length = batch.ids.shape
+            return module.loss(batch, widest(rows, length, module.masking.highest), statistics=False).total
         assert isinstance(module, LM)
         return module.loss(batch, statistics=False).total
 
@@ -98,9 +113,14 @@ def trace_batch(subject: Subject, dtype: torch.dtype | None, device: str) -> Ste
     return trace_step(loss, trained, [*held, *([] if teacher is None else teacher.buffers())], device)
 
 
-def meta_batch(subject: Subject) -> TokenBatch | OnlineBatch:
+def meta_batch(subject: Subject) -> TokenBatch | OnlineBatch | CanvasBatch | TraceBatch:
     """A full micro batch of the config, without data. Raises InvalidType for data that is not known here."""
     data = subject.data
+    if isinstance(subject.module, MaskedDiffusion):
+        rows, length = _canvases(subject)
+        return CanvasBatch(_meta(rows, length), *(_meta(rows) for _ in range(4)))
+    if isinstance(data, TraceDataModule):
+        return _trace_batch(data.traces.batch_size, _block(subject))
     if isinstance(data, TextDataModule):
         shape = (data.text.batch_size, data.text.length)
         masks = _meta(*shape, dtype=torch.int8), _meta(*shape, dtype=torch.int32)
@@ -129,6 +149,29 @@ def meta_batch(subject: Subject) -> TokenBatch | OnlineBatch:
     raise InvalidType(f"the batches of {type(data).__name__} are not known here: plan knows text and served requests")
 
 
+def _trace_batch(rows: int, width: int) -> TraceBatch:
+    kinds = {"predicted": torch.int32, "masked": torch.uint8, "label": torch.uint8, "before_predicted": torch.int32}
+    kinds |= {"before_masked": torch.uint8}
+    blocks = ("confidence", "entropy", "margin", "predicted", "masked", "label", *_BEFORE)
+    columns = {name: _meta(rows, width, dtype=kinds.get(name, torch.int16)) for name in blocks}
+    return TraceBatch(**columns, follows=_meta(rows, dtype=torch.uint8), sample_id=_meta(rows))
+
+
+def _block(subject: Subject) -> int:
+    """Positions that a record of traces has."""
+    assert isinstance(subject.module, Learn2PDFilter)
+    return subject.module.config.block_length
+
+
+def _canvases(subject: Subject) -> tuple[int, int]:
+    """(rows, length) of a micro batch of canvases; data that is made on the fly has the network's longest."""
+    data, module = subject.data, subject.module
+    assert isinstance(module, MaskedDiffusion)
+    if isinstance(data, TextDataModule):
+        return data.text.batch_size, data.text.length
+    return data.train_dataloader().batch_size, module.config.max_length
+
+
 def _meta(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
@@ -138,6 +181,11 @@ def tokens_per_step(subject: Subject, world_size: int) -> int:
     data, accumulate = subject.data, int(subject.trainer.accumulate_grad_batches)
     if isinstance(data, TextDataModule):
         return data.text.batch_size * data.text.length * accumulate * world_size
+    if isinstance(subject.module, MaskedDiffusion):
+        rows, length = _canvases(subject)
+        return rows * length * accumulate * world_size
+    if isinstance(data, TraceDataModule):
+        return data.traces.batch_size * _block(subject) * accumulate * world_size
     assert isinstance(data, OnlineDataModule)
     return data.buffer.interval * (data.traffic.prompt_length + data.traffic.max_new_tokens) * world_size
 
@@ -155,6 +203,8 @@ def steps(subject: Subject, world_size: int) -> tuple[int | None, str]:
         elif data.directory.is_dir() and (not isinstance(data, TeacherStatesModule) or data.states_directory.is_dir()):
             data.setup("fit")
             epoch = len(data.train_dataloader()) // world_size
+    elif isinstance(subject.module, MaskedDiffusion):
+        epoch = len(data.train_dataloader()) // world_size
     elif isinstance(data, OnlineDataModule) and data.serve.limit is not None:
         epoch = data.serve.limit // (data.buffer.interval * world_size) * data.serve.steps
     if epoch is None:

@@ -178,7 +178,7 @@ def test_the_mask_is_never_predicted() -> None:
     hidden = net(batch.ids.masked_fill(drawn.masked, MASK))
     logp = net.head(hidden).log_softmax(-1)
     nll = -logp.gather(-1, batch.ids.unsqueeze(-1)).squeeze(-1)
-    assert float(out.total.detach()) == pytest.approx(float((nll * drawn.weight).sum()), rel=1e-5)
+    assert float(out.total.detach()) == pytest.approx(float((nll * drawn.weight).sum().detach()), rel=1e-5)
 
 
 def test_figures_of_a_row_do_not_depend_on_its_batch() -> None:
