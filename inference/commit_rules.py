@@ -86,7 +86,10 @@ _BY_ROW = frozenset(f.name for f in fields(BlockView)) - {"packed", "previous"}
 
 
 class CommitRule(Protocol):
-    """Chooses among the masked positions of a pass; what it says elsewhere is ignored."""
+    """Chooses among the masked positions of a pass; what it says elsewhere is ignored.
+
+    A rule may also have `written(view) -> int64 [R, K]`: the tokens that commits write instead of the predicted ones.
+    """
 
     def __call__(self, view: BlockView) -> Tensor:
         """bool [R, K]"""
@@ -227,10 +230,13 @@ class Oracle:
         return "Oracle"
 
     def __call__(self, view: BlockView) -> Tensor:
+        return view.masked & (view.predicted == self.written(view))
+
+    def written(self, view: BlockView) -> Tensor:
+        """The reference: where no prediction equals it, the pass's one commit still does (the oracle's way out)."""
         if self._canvas.device != view.predicted.device:
             self._canvas = self._canvas.to(view.predicted.device)
-        wanted = self._canvas[view.row.unsqueeze(1), view.position.clamp_max(self._canvas.shape[1] - 1)]
-        return view.masked & (view.predicted == wanted)
+        return self._canvas[view.row.unsqueeze(1), view.position.clamp_max(self._canvas.shape[1] - 1)]
 
 
 class LearnedFilter:

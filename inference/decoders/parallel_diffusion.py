@@ -184,6 +184,7 @@ class ParallelDiffusionDecoder:
         if self._sampling.has_penalties:
             raise InvalidValue("penalties count the tokens before a position, and canvases are filled in any order")
         self._rule = rule if rule is not None else self._settings.make_rule(filter)
+        self._written = getattr(self._rule, "written", None)
         self._score = SCORES[self._settings.score]
         self._seed = seed
 
@@ -260,7 +261,8 @@ class ParallelDiffusionDecoder:
         accept = self._rule(view) & view.masked
         none = ~accept.any(-1, keepdim=True)
         accept = accept | (best(self._score(view), view.masked) & none)
-        read = torch.cat((accept.long(), view.predicted), 1).cpu().numpy()  # the pass's only wait for the device
+        written = self._written(view) if self._written is not None else view.predicted
+        read = torch.cat((accept.long(), written), 1).cpu().numpy()  # the pass's only wait for the device
         accepted, tokens = read[:, :size].astype(np.bool_), read[:, size:]
         faulty = active.masked & (tokens < 0)
         if faulty.any():
