@@ -42,7 +42,7 @@ class Traces:
     predicted: Tensor  # int32 [R, W]; committed positions: their token
     masked: Tensor  # uint8 [R, W]; before the pass
     label: Tensor  # uint8 [R, W]; the prediction equals y
-    prompt: Tensor  # int32 [R]; the request's number
+    prompt: Tensor  # int64 [R]; the request's number
     block: Tensor  # int32 [R]
     step: Tensor  # int32 [R]; passes in this block before this one
 
@@ -121,7 +121,7 @@ def trace(
                 predicted=torch.where(there, predicted, NO_TOKEN).int(),
                 masked=masked.byte(),
                 label=(label | ~there).byte(),
-                prompt=torch.tensor([requests[row].row_id for row in live.tolist()], dtype=torch.int32),
+                prompt=torch.tensor([requests[row].row_id for row in live.tolist()]),
                 block=block[live].int(),
                 step=step[live].int(),
             )

@@ -72,9 +72,8 @@ def main(argv: list[str]) -> int:
         "batch": given.batch,
     }
     claim(given.out, settings, name=SETTINGS)
-    decoder = registry.build_canvas(
-        DECODER, {"target": net}, settings={"rule": "low_confidence", "block_length": block_length}
-    )
+    standard = {"rule": "low_confidence", "block_length": block_length, "eot": "none"}  # all holes, to the end
+    decoder = registry.build_canvas(DECODER, {"target": net}, settings=standard)
     for done in write_traces(
         net,
         requests,
