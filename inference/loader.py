@@ -117,6 +117,13 @@ def load(
     return LoadedPart(directory, kind.name, part, manifest)
 
 
+def kind_of(path: str | Path) -> str:
+    """The kind that `load` would make of a directory, without loading it. Raises InvalidValue where there is none."""
+    directory = _directory(Path(path), sealing=False)
+    manifest = manifests.read(directory)
+    return manifest.kind if manifest is not None else _plain_kind(directory)
+
+
 def check_role(part: LoadedPart, role: str) -> None:
     """Refuse a part in a role that its kind does not play. Raises InvalidType."""
     kind = manifests.KINDS[part.kind]

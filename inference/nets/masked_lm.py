@@ -185,7 +185,7 @@ class BidirectionalBlock(Block):
         qkv = qkv.view(batch, n, turned + kv_heads, width)
         qk = qkv.narrow(2, 0, turned)
         if step.cos is not None and step.sin is not None:
-            qk = qk * step.cos + qk.roll(width // 2, -1) * step.sin
+            qk = (qk * step.cos + qk.roll(width // 2, -1) * step.sin).to(qkv.dtype)  # autocast: cos is float32
         keys, values = step.exchange(self.layer, qk.narrow(2, heads, kv_heads), qkv.narrow(2, turned, kv_heads))
         # the queries that share a key head are the rows of one attention: no key is repeated in memory
         q = qk.narrow(2, 0, heads).reshape(batch, n, kv_heads, heads // kv_heads, width)
