@@ -26,7 +26,7 @@ from draftsmith.inference.errors import InvalidState, InvalidValue, unknown_choi
 from draftsmith.inference.nets.eagle_head import EagleHead
 from draftsmith.modules.eagle_build import initialise, lend, warm_start
 from draftsmith.modules.eagle_metrics import StepMeans, Unrolled, by_step
-from draftsmith.modules.eagle_rollout import goal_rows, rollout, trained_rows
+from draftsmith.modules.eagle_rollout import goal_rows, rollout, state_noise, trained_rows
 from draftsmith.modules.eagle_target import EagleSizes, EagleTarget, Observed
 from draftsmith.modules.export_spec import ExportSpec
 from draftsmith.modules.hf_model import HFModel
@@ -79,6 +79,7 @@ class EagleDrafter(pl.LightningModule):
         cached: bool = False,
         optim: OptimConfig = DEFAULT_OPTIM,
         chunk_rows: int | None = None,
+        seed: int = 0,
     ) -> None:
         """Plain settings only; networks are built in `configure_model`.
 
@@ -95,6 +96,7 @@ class EagleDrafter(pl.LightningModule):
             cached: batches bring the states (data.teacher_states): only the target's embedding and head are loaded.
             optim: AdamW and its schedule.
             chunk_rows: rows that go through the head at once; null chooses.
+            seed: of the noise.
         """
         super().__init__()
         self.teacher_spec, self.sizes, self.optim = HFModel.of(teacher), EagleSizes.of(head), OptimConfig.of(optim)
@@ -110,6 +112,7 @@ class EagleDrafter(pl.LightningModule):
             raise InvalidValue(f"noise must be at least 0, got {noise}")
         self.steps, self.decay, self.loss_name, self.noise = steps, decay, loss, noise
         self.init_from, self.init_head, self.cached, self.chunk_rows = init_from, init_head, cached, chunk_rows
+        self.seed = seed
         self.save_hyperparameters(
             {
                 "teacher": dataclasses.asdict(self.teacher_spec),
@@ -123,6 +126,7 @@ class EagleDrafter(pl.LightningModule):
                 "cached": cached,
                 "optim": dataclasses.asdict(self.optim),
                 "chunk_rows": chunk_rows,
+                "seed": seed,
             }
         )
         self.net: EagleHead | None = None
@@ -197,7 +201,8 @@ class EagleDrafter(pl.LightningModule):
         seen = self.observe(batch)
         features, last = seen.features[:, :-1].to(net.dtype), seen.last.flatten(0, 1)
         if self.training and self.noise:
-            features = features + (torch.rand_like(features) * 2 - 1) * self.noise
+            step = 0 if self._trainer is None else self.trainer.global_step
+            features = features + state_noise(batch.sample_id, features, self.noise, self.seed, step)
         trained, goals = trained_rows(batch, self.steps).flatten(1), goal_rows(batch, self.steps).flatten(1)
         laws, slot = self._laws(last, trained, goals)
         inside = torch.ones_like(laws.argmax, dtype=torch.bool) if net.t2d is None else net.t2d[laws.argmax]

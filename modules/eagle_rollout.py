@@ -17,6 +17,7 @@ from draftsmith.data.batches import TokenBatch
 from draftsmith.inference.nets.eagle_head import EagleHead
 from draftsmith.inference.nets.masks import additive
 from draftsmith.inference.nets.transformer import Weights
+from draftsmith.inference.rng import NUM_STREAMS, Stream, uniform
 
 
 def rollout(
@@ -72,6 +73,13 @@ def goal_rows(batch: TokenBatch, steps: int) -> Tensor:
     device = batch.ids.device
     k, b, t = (torch.arange(n, device=device) for n in (steps, size, time - 1))
     return b.view(1, -1, 1) * time + (t + k.view(-1, 1, 1) + 1).clamp_max(time - 1)
+
+
+def state_noise(sample_id: Tensor, states: Tensor, size: float, seed: int, step: int) -> Tensor:
+    """Uniform in (-size, size), of the shape and dtype of `states` [B, T, F], by (seed, sample, step) alone."""
+    place = torch.arange(states[0].numel(), device=states.device).view(1, *states.shape[1:])
+    u = uniform(seed, sample_id.view(-1, 1, 1), step, Stream.DATA + NUM_STREAMS * place, states.device)
+    return ((u * 2 - 1) * size).to(states.dtype)
 
 
 def _shifted(x: Tensor, by: int, rows: int) -> Tensor:

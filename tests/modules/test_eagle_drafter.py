@@ -17,7 +17,7 @@ from draftsmith.inference.tree_policies.chain import ChainPolicy
 from draftsmith.inference.tree_settings import TreeSettings
 from draftsmith.modules.eagle_drafter import EagleDrafter, cached_rows
 from draftsmith.modules.eagle_metrics import StepMeans
-from draftsmith.modules.eagle_rollout import rollout
+from draftsmith.modules.eagle_rollout import rollout, state_noise
 from draftsmith.modules.eagle_target import EagleSizes, EagleTarget
 from draftsmith.modules.losses.draft_laws import DRAFT_LOSSES, draft_laws, draft_loss, draft_vocabulary
 from tests.eagle import ARCH, fit, module_for, peaked, sure_text, text_batch
@@ -136,15 +136,23 @@ def test_eagle_1_is_smooth_l1_on_the_states_and_a_tenth_of_cross_entropy(model: 
     torch.testing.assert_close(module.unroll(batch, False).total, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_noise_is_for_training_alone(model: Any) -> None:
+def test_noise_is_for_training_alone_and_a_samples_own(model: Any) -> None:
     module = module_for(model, EagleSizes(version=1), steps=1, noise=0.1)
     batch = text_batch(torch.randint(64, (1, 9)))
     with torch.no_grad():
         module.train()
-        noisy = [float(module.unroll(batch, False).total) for _ in range(2)]
+        noisy = float(module.unroll(batch, False).total)
+        assert noisy == float(module.unroll(batch, False).total)  # the same step
         module.eval()
-        plain = [float(module.unroll(batch, False).total) for _ in range(2)]
-    assert noisy[0] != noisy[1] and plain[0] == plain[1]
+        assert float(module.unroll(batch, False).total) != noisy
+    states = torch.zeros(3, 5, 400, dtype=torch.float64)
+    found = state_noise(torch.tensor([4, 9, 2]), states, 0.1, seed=1, step=3)
+    assert 0.0999 < float(found.abs().max()) < 0.1 and abs(float(found.mean())) < 0.003
+    assert float(found.std()) == pytest.approx(0.2 / 12**0.5, rel=0.02)
+    alone = state_noise(torch.tensor([9]), states[:1], 0.1, seed=1, step=3)
+    assert torch.equal(alone[0], found[1]) and not torch.equal(found[0], found[1])
+    for other in ({"seed": 2, "step": 3}, {"seed": 1, "step": 4}):
+        assert not torch.equal(state_noise(torch.tensor([9]), states[:1], 0.1, **other), alone)
 
 
 def test_laws_too_many_to_keep_are_the_same(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
