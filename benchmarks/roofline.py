@@ -140,6 +140,14 @@ def figures(rows: Sequence[Row], scores: dict[str, Score]) -> dict[str, Any]:
     return found
 
 
+def shipped(rows: Sequence[Row]) -> dict[str, Any]:
+    """Overheads fitted on all rows, for `draftsmith forecast`."""
+    source = (
+        f"fitted on {len(rows)} public rows of {len({r.target for r in rows})} targets in SGLang, GPU {GPU.upper()}"
+    )
+    return {"from": source, "overheads": fit_roofline(rows).overheads.to_json()}
+
+
 def picture(rows: Sequence[Row], scores: dict[str, Score], path: Path) -> None:
     """Forecast against measured speed-up, one panel a forecast, every target drawn from the fit without it."""
     figure = Figure(figsize=(13, 5.4), layout="constrained")
@@ -168,11 +176,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints the figures as JSON. Returns 0."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__.splitlines()[0])
     parser.add_argument("rows", type=Path, help="specforge_rows.csv")
+    parser.add_argument("--save", type=Path, help="also write the fitted overheads, as draftsmith forecast reads them")
     parser.add_argument("--png", type=Path, help="also draw forecast against measured speed-up")
     given = parser.parse_args(argv)
     rows = read_rows(given.rows)
     scores = check(rows)
     print(json.dumps(figures(rows, scores), indent=1))
+    if given.save is not None:
+        given.save.write_text(json.dumps(shipped(rows), indent=1) + "\n")
     if given.png is not None:
         picture(rows, scores, given.png)
     return 0

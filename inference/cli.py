@@ -39,6 +39,7 @@ VERBS: dict[str, dict[str, str]] = {
         "decode": "generate text with a target and, if given, a draft; prints the acceptance",
     },
     "Measure": {
+        "forecast": "say what drafting will gain from sizes alone, and from measured costs where there are any",
         "calibrate": "measure how often drawn tokens are accepted, for the policies of the tree decoder",
         "bench": "time decoders and their peers side by side in one process",
     },

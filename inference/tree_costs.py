@@ -56,7 +56,7 @@ def measure_tree(
         clock=clock,
     )
     long = max(DRAFT_TOKENS)
-    drafter = cast(PolicyDrafter, draft) if hasattr(draft, "with_policy") else _over(cast(Engine, draft), long)
+    drafter = cast(PolicyDrafter, draft) if hasattr(draft, "with_policy") else _over(draft, long)
     if hasattr(drafter, "bind"):
         drafter.bind(target)
     # a draft's positions may end before the target's
