@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.inference.canvas import CanvasRequest
-from draftsmith.inference.commit_rules import BlockView, Oracle
+from draftsmith.inference.commit_rules import RULES, BlockView, Oracle
 from draftsmith.inference.decoders.parallel_diffusion import ParallelDiffusionDecoder, ParallelDiffusionSettings
 from draftsmith.inference.diffusion_passes import CACHES
 from draftsmith.inference.diffusion_rows import EOT
@@ -19,6 +19,7 @@ from draftsmith.inference.registry import build_canvas
 from draftsmith.inference.requests import DecodeResult
 from draftsmith.inference.sampling import SamplingParams
 from tests.fakes import MarkovEngine, chi_square, markov
+from tests.inference.test_sync import counted
 from tests.tabular_canvas import TabularNet, random_joint
 
 MASK, EOS, LENGTH = 19, 3, 16
@@ -438,6 +439,18 @@ def test_the_registry_builds_it() -> None:
     net = net_of()
     decoder = build_canvas("parallel_diffusion", {"target": net}, settings={"block_length": 8, "rule": "factor"})
     assert decoder.decode(prompts()).output == decode(net, prompts(), rule="factor").output
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_pass_waits_for_the_device_once(rule: str) -> None:
+    """`.cpu().numpy()` is one wait; nothing else reads a value, sampled or greedy, with a cache and guidance."""
+    settings = ParallelDiffusionSettings(block_length=8, rule=rule, cache="dual", guidance=0.5, threshold=0.3)
+    judge = CommitFilter(FilterConfig(8)).eval() if rule == "learned_filter" else None
+    for sampling in (None, T1):
+        decoder = ParallelDiffusionDecoder(net_of(), settings, filter=judge, sampling=sampling)
+        with counted() as seen:
+            result = decoder.decode(prompts())
+        assert seen == ["cpu", "numpy"] * max(result.notes["passes"])
 
 
 def test_a_rule_of_ones_own() -> None:
