@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from draftsmith.data.batches import PADDING, ImageBatch
-from draftsmith.data.stateful_loader import StatefulLoader, permutation
+from draftsmith.data.stateful_loader import MapSource, StatefulLoader, permutation
 from draftsmith.inference.errors import InvalidValue
 from draftsmith.inference.rng import Stream, uniform
 
@@ -326,6 +326,10 @@ class ImageDataModule(LightningDataModule):
         """Of the training images, augmentation included."""
         return self._source(0).fingerprint
 
+    def source(self, half: int) -> MapSource:
+        """What the loaders read of the training (0) or validation (1) images."""
+        return self._source(half)
+
     def _source(self, half: int) -> AugmentedImages:
         config = self.images
         return AugmentedImages(self.split[half], shifts=config.shifts and half == 0, flips=config.flips and half == 0)
@@ -356,7 +360,7 @@ class ImageDataModule(LightningDataModule):
         rank, world_size = (None, None) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
         config = self.images
         return StatefulLoader(
-            self._source(half),
+            self.source(half),
             config.batch_size,
             seed=config.seed,
             shuffle=half == 0,

@@ -1,10 +1,11 @@
-"""Exports of kinds "image-tokenizer" and "image-ar" become the nets that they trained as."""
+"""Exports of kinds "image-tokenizer", "image-ar" and "distilled-decoder" become the nets that they trained as."""
 
 from pathlib import Path
 
 import torch
 
 from draftsmith.inference.errors import InvalidValue
+from draftsmith.inference.nets.distilled import DistilledConfig, DistilledDecoder
 from draftsmith.inference.nets.image_ar import ImageAR, ImageARConfig
 from draftsmith.inference.nets.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
 from draftsmith.inference.portable import read_net
@@ -24,6 +25,14 @@ def load_image_ar(
     """Raises InvalidValue, one line, for files that are not those of one image model."""
     _native(engine)
     return read_net(Path(path), ImageAR, ImageARConfig, dtype=dtype, device=device)
+
+
+def load_distilled(
+    path: str | Path, *, engine: str = "auto", dtype: str = "auto", device: torch.device | str = "cpu"
+) -> DistilledDecoder:
+    """Raises InvalidValue, one line, for files that are not those of one distilled decoder."""
+    _native(engine)
+    return read_net(Path(path), DistilledDecoder, DistilledConfig, dtype=dtype, device=device)
 
 
 def _native(engine: str) -> None:

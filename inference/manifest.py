@@ -89,6 +89,13 @@ KINDS: dict[str, Kind] = {
             "draftsmith.inference.load_image:load_image_tokenizer",
         ),
         Kind(
+            "distilled-decoder",
+            "noise to the whole code sequence of an image model, in one pass or two",
+            ("target",),
+            ("vocab_size",),
+            "draftsmith.inference.load_image:load_distilled",
+        ),
+        Kind(
             "image-ar",
             "an autoregressive model over the codes of an image",
             ("target",),

@@ -90,7 +90,7 @@ def measure(directory: Path, inputs: Path) -> Seal:
         names = file.metadata() or {}
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
     given = {name: arrays.pop(name) for name in sorted(set(arrays) - set(names))}  # all but the references
-    first = given["tokens"] if "tokens" in given else next(iter(given.values()))
+    first = given["tokens"] if "tokens" in given else max(given.values(), key=Tensor.numel)
     scale = max(float(reference.abs().max()) for reference in arrays.values())
     checks = []
     for dtype, reference in sorted(arrays.items()):
