@@ -150,47 +150,59 @@ def threshold(gamma: float) -> Chooser:
     return lambda confidence, masked, u: confidence > gamma
 
 
-class IdealNet(nn.Module):
-    """The interface of a masked LM over canvases prompt ++ answer: hidden are log-marginals, the head passes them on.
+@dataclass(frozen=True)
+class IdealConfig:
+    """What the block sampler asks of a masked LM's config."""
 
-    Rows find their sample by the canvas's prompt ids, which must differ from sample to sample. vocabulary: V tokens by
-    id (the mask id among them; its logit is -inf); answers: prompt ids -> (task, sample).
-    Ties at random: a tiny noise, fixed per (prompt, known tokens, position), breaks equal probabilities.
+    vocab_size: int
+    mask_id: int
+    max_length: int = 1024
+    logit_shift: bool = False
+    end_ids: tuple[int, ...] = ()
+
+
+class IdealNet(nn.Module):
+    """Exact marginals behind the interface of a masked LM: its states are log-marginals, its head passes them on.
+
+    A row finds its sample by its prompt, the ids before the canvas's answer; all prompts have one length and differ.
+    `tokens` gives the meaning of ids 0..V-1; the last id, V, is the mask.
+    noise: relative, fixed for each (canvas, position, token); breaks ties that would make greedy positions collide.
     """
 
     def __init__(
-        self,
-        vocabulary: Sequence[str],
-        mask_id: int,
-        answers: dict[tuple[int, ...], tuple[Task, Sample]],
-        noise: float = 0.0,
+        self, tokens: Sequence[str], known: dict[tuple[int, ...], tuple[Task, Sample]], noise: float = 1e-6
     ) -> None:
+        """Raises InvalidValue for no prompt, or prompts of different lengths."""
         super().__init__()
-        self.vocabulary, self.mask_id, self.noise = tuple(vocabulary), mask_id, noise
-        self.laws = {prompt: IdealLaw(task, sample, self.vocabulary) for prompt, (task, sample) in answers.items()}
-        if len({len(prompt) for prompt in answers}) != 1:
-            raise InvalidValue("an ideal net takes prompts of one length")
-        self.prompt_length = len(next(iter(answers)))
-        self.calls = 0
+        if len({len(prompt) for prompt in known}) != 1:
+            raise InvalidValue("an ideal net takes prompts of one length, and one at least")
+        self.config = IdealConfig(len(tokens) + 1, len(tokens))
+        self.laws = {prompt: IdealLaw(task, sample, tokens) for prompt, (task, sample) in known.items()}
+        self.noise, self.device, self.dtype = noise, torch.device("cpu"), torch.float32
 
-    def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """tokens [B,L] -> log-marginals [B,L,V]; uniform over the prompt, -inf for tokens of probability 0."""
-        self.calls += 1
-        B, L = tokens.shape
-        hidden = torch.zeros(B, L, len(self.vocabulary))
-        for b, row in enumerate(tokens.tolist()):
-            prompt = tuple(row[: self.prompt_length])
-            law = self.laws[prompt]
+    def states(self, tokens: Tensor, lengths: Tensor | None = None, *cache: object) -> Tensor:
+        """canvases [B,L] -> log-marginals [B,L,V+1]; uniform where there is nothing to answer.
+
+        A canvas of another prompt is answered by its last token everywhere (the sampler probes for causal networks).
+        Raises InvalidValue when a cache is given: there is nothing to keep.
+        """
+        if any(part is not None for part in cache):
+            raise InvalidValue("an ideal net keeps no cache: decode with cache none")
+        size = len(next(iter(self.laws)))
+        probs = torch.full((*tokens.shape, self.config.vocab_size), 1.0 / self.config.vocab_size, dtype=torch.float64)
+        for row, canvas in zip(probs, tokens.tolist(), strict=True):
+            law = self.laws.get(tuple(canvas[:size]))
+            if law is None:
+                row[:, canvas[-1]] += 1.0
+                continue
             n = len(law.sample.reference)
-            answer = tokens[b, self.prompt_length : self.prompt_length + n]
-            probs = law(torch.where(answer == self.mask_id, OPEN, answer)[None])[0]
-            if self.noise:
-                state = hash(tuple(row)) % (1 << 31)
-                at = torch.arange(n)[:, None]
-                probs = probs * (1 + self.noise * uniform(state, at, torch.arange(probs.shape[-1]), _TIES))
-            hidden[b, self.prompt_length : self.prompt_length + n] = probs.log().float()
-        return hidden
+            answer = torch.tensor(canvas[size : size + n])
+            row[size : size + n, :-1] = law(torch.where(answer == self.config.mask_id, OPEN, answer)[None])[0]
+            state = sum(token * 31**i % 1_000_003 for i, token in enumerate(canvas[: size + n]))
+            place = torch.arange(len(canvas))[:, None]
+            row *= 1.0 + self.noise * uniform(state, place, torch.arange(row.shape[-1]), _TIES)
+        return probs.log().float()
 
     def head(self, hidden: Tensor) -> Tensor:
-        """[..., V] -> logits [..., V]."""
-        return hidden.index_fill(-1, torch.tensor([self.mask_id]), -torch.inf)
+        """[..., V+1] -> logits [..., V+1]; the mask's is -inf."""
+        return hidden.index_fill(-1, torch.tensor([self.config.mask_id]), -torch.inf)

@@ -12,7 +12,7 @@ from draftsmith.inference.errors import InvalidValue
 
 
 @dataclass(frozen=True)
-class _Words:
+class ListTask:
     """A list task's names."""
 
     words: tuple[str, ...] = NAMES
@@ -28,7 +28,7 @@ class _Words:
 
 
 @dataclass(frozen=True)
-class Copy(_Words, UniqueTask):
+class Copy(ListTask, UniqueTask):
     """The same list."""
 
     name = "copy"
@@ -41,7 +41,7 @@ class Copy(_Words, UniqueTask):
 
 
 @dataclass(frozen=True)
-class Sort(_Words, UniqueTask):
+class Sort(ListTask, UniqueTask):
     """By the whole name. (The reference asks for an order by last name but scores one by the whole string.)"""
 
     name = "sort"
@@ -53,7 +53,7 @@ class Sort(_Words, UniqueTask):
 
 
 @dataclass(frozen=True)
-class Reverse(_Words, UniqueTask):
+class Reverse(ListTask, UniqueTask):
     """Last to first."""
 
     name = "reverse"
@@ -66,7 +66,7 @@ class Reverse(_Words, UniqueTask):
 
 
 @dataclass(frozen=True)
-class Shuffle(_Words, Task):
+class Shuffle(ListTask, Task):
     """Any permutation of the items; as it is scored, the order of the prompt itself is wrong."""
 
     exclude_identity: bool = True
@@ -112,7 +112,7 @@ class Shuffle(_Words, Task):
 
 
 @dataclass(frozen=True)
-class ReplaceIndex(_Words, UniqueTask):
+class ReplaceIndex(ListTask, UniqueTask):
     """A new word at a given place."""
 
     name = "replace_index"
@@ -126,7 +126,7 @@ class ReplaceIndex(_Words, UniqueTask):
 
 
 @dataclass(frozen=True)
-class InsertIndex(_Words, UniqueTask):
+class InsertIndex(ListTask, UniqueTask):
     """A new word before the item at a given place, or at the end."""
 
     name = "insert_index"
@@ -140,7 +140,7 @@ class InsertIndex(_Words, UniqueTask):
 
 
 @dataclass(frozen=True)
-class RemoveIndex(_Words, UniqueTask):
+class RemoveIndex(ListTask, UniqueTask):
     """The list without the item at a given place."""
 
     name = "remove_index"
@@ -152,7 +152,7 @@ class RemoveIndex(_Words, UniqueTask):
         return Sample(self.name, tuple(items), _removed(items, index), None, index)
 
 
-class _AnyPlace(_Words, Task):
+class _AnyPlace(ListTask, Task):
     """The place is free: one right answer for each."""
 
     def num_outcomes(self, sample: Sample) -> int:
@@ -220,7 +220,7 @@ class RemoveRandom(_AnyPlace):
 
 
 @dataclass(frozen=True)
-class Repeat(_Words, UniqueTask):
+class Repeat(ListTask, UniqueTask):
     """Every item `count` times: one after the other (each), or the whole list again and again."""
 
     each: bool = True

@@ -97,13 +97,25 @@ class Sudoku(UniqueTask):
         return ("1", "2", "3", "4", BLANK)
 
 
+@lru_cache(maxsize=1)
+def _grids_with() -> dict[tuple[int, int], int]:
+    """(cell, digit) -> the grids that have it, as the bits of one number."""
+    table: dict[tuple[int, int], int] = {}
+    for number, grid in enumerate(sudoku_grids()):
+        for cell, digit in enumerate(grid):
+            table[cell, digit] = table.get((cell, digit), 0) | 1 << number
+    return table
+
+
 def _clues(rng: random.Random, grid: tuple[int, ...], holes: int) -> set[int] | None:
     """Cells that stay when cells are blanked in random order while one solution is left; None when too many stay."""
-    clues = set(range(16))
+    table, clues = _grids_with(), set(range(16))
     for cell in rng.sample(range(16), 16):
-        rest = clues - {cell}
-        if sum(all(other[i] == grid[i] for i in rest) for other in sudoku_grids()) == 1:
-            clues = rest
+        fitting = -1
+        for i in clues - {cell}:
+            fitting &= table[i, grid[i]]
+        if fitting.bit_count() == 1:
+            clues.remove(cell)
         if len(clues) == 16 - holes:
             return clues
     return None

@@ -1,9 +1,13 @@
 """ParallelBench's tasks by name, in the order of the paper's table; the repository's extra generators come last."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from draftsmith.data.parallelbench.lists import (
     Copy,
     InsertIndex,
     InsertRandom,
+    ListTask,
     RemoveIndex,
     RemoveRandom,
     Repeat,
@@ -17,6 +21,7 @@ from draftsmith.data.parallelbench.numbers import Arithmetic, CumulativeSum, Dom
 from draftsmith.data.parallelbench.puzzles import LatinSquare, Sudoku
 from draftsmith.data.parallelbench.sentences import LEVELS, WordsToSentence
 from draftsmith.data.parallelbench.tasks import Task
+from draftsmith.data.parallelbench.words import NAMES
 from draftsmith.inference.errors import UnknownKey
 
 _TASKS: tuple[Task, ...] = (
@@ -48,3 +53,12 @@ def get(name: str) -> Task:
     if name not in TASKS:
         raise UnknownKey(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
     return TASKS[name]
+
+
+def with_names(names: Sequence[str], words: int = len(NAMES)) -> tuple[Task, ...]:
+    """The tasks of these names, the list tasks over the first `words` names alone (small vocabularies learn faster).
+
+    Raises UnknownKey for an unknown task.
+    """
+    found = [get(name) for name in names]
+    return tuple(replace(task, words=NAMES[:words]) if isinstance(task, ListTask) else task for task in found)

@@ -5,10 +5,12 @@ Ids: 0 pad, 1 end, 2 sep, the tasks, the numbers #0 .. #24, then all tasks' toke
 above the tokenizer's own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from draftsmith.data.parallelbench.registry import TASKS, with_names
 from draftsmith.data.parallelbench.tasks import Answer, Sample, Task
+from draftsmith.data.parallelbench.words import NAMES
 from draftsmith.inference.canvas import CanvasRequest
 from draftsmith.inference.errors import InvalidValue
 
@@ -35,6 +37,16 @@ class TokenForm:
         self._ids = {token: i for i, token in enumerate(self.vocabulary)}
         self.mask_id = len(self.vocabulary)
         self.vocab_size = len(self.vocabulary) + 1
+
+    @classmethod
+    def of(cls, vocabulary: Mapping[str, int]) -> "TokenForm | None":
+        """The form whose vocabulary this is (token -> id); None when it is that of something else."""
+        names = [token[1:-1] for token in sorted(vocabulary, key=vocabulary.__getitem__) if token[1:-1] in TASKS]
+        words = sum(name in vocabulary for name in NAMES)
+        if not names:
+            return None
+        made = cls(with_names(names, words or len(NAMES)))
+        return made if made._ids == dict(vocabulary) else None
 
     def prompt(self, sample: Sample) -> list[int]:
         """Ids of a sample's question."""

@@ -15,7 +15,7 @@ from draftsmith.inference import bench, bench_report
 from draftsmith.inference.bench import BenchSettings, Parts, Prompt
 from draftsmith.inference.commands._args import CommandParser, parser
 from draftsmith.inference.environment import git, machine, versions
-from draftsmith.inference.errors import InvalidValue
+from draftsmith.inference.errors import InvalidValue, unknown_choice
 from draftsmith.inference.loader import LoadedPart, check_pair, check_role, load
 from draftsmith.inference.manifest import DTYPES
 from draftsmith.inference.peers import TransformersPeers, refit_installed
@@ -23,9 +23,13 @@ from draftsmith.inference.prompts import read_prompts
 
 SCHEMA = 1
 PLOTS = "draftsmith.plots"  # entry points of the training extra: name -> function(report, path)
+SUITES = "draftsmith.suites"  # likewise: name -> main(argv), a command of its own behind `bench EXPORT --suite NAME`
 
 
 def main(argv: list[str]) -> int:
+    suite, rest = split_suite(argv)
+    if suite is not None:
+        return _suite(suite)(rest)
     given = _parser().parse_args(argv)
     settings = BenchSettings(
         max_new_tokens=given.max_new_tokens,
@@ -97,6 +101,9 @@ def _parser() -> CommandParser:
     made.add_argument("target", metavar="TARGET", help="export or Hugging Face directory of the target")
     made.add_argument("--draft", metavar="DIR", help="export or Hugging Face directory of the draft")
     made.add_argument(
+        "--suite", metavar="NAME", help="run tasks in place of timings; its options: bench EXPORT --suite NAME --help"
+    )
+    made.add_argument(
         "--prompts",
         required=True,
         metavar="FILE",
@@ -131,6 +138,33 @@ def _parser() -> CommandParser:
     made.add_argument("--json", type=Path, metavar="OUT", help="write the report, raw timings included")
     made.add_argument("--png", type=Path, metavar="OUT", help="draw the report (needs the training extra)")
     made.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    return made
+
+
+def split_suite(argv: list[str]) -> tuple[str | None, list[str]]:
+    """(the NAME of --suite NAME or --suite=NAME, the other arguments); (None, argv) without it.
+
+    Raises InvalidValue for --suite without a name.
+    """
+    for i, word in enumerate(argv):
+        option, given, name = word.partition("=")
+        if option == "--suite":
+            rest = argv[i + 1 :] if given else argv[i + 2 :]
+            name = name if given else next(iter(argv[i + 1 :]), "")
+            if not name or name.startswith("-"):
+                raise InvalidValue("--suite needs a name, for example --suite parallelbench")
+            return name, [*argv[:i], *rest]
+    return None, argv
+
+
+def _suite(name: str) -> Callable[[list[str]], int]:
+    """The suite's command; a ModuleNotFoundError names the extra that is missing. Raises InvalidValue if unknown."""
+    from importlib.metadata import entry_points
+
+    found = entry_points(group=SUITES)
+    if name not in found.names:
+        raise unknown_choice("suite", name, found.names)
+    made: Callable[[list[str]], int] = found[name].load()
     return made
 
 

@@ -108,7 +108,7 @@ def train_shuffle(steps: int = 1500, batch: int = 96, seed: int = 0) -> tuple[Ma
         optimizer.step()
         schedule.step()
         if step >= steps - 100:
-            last.append(float(loss))
+            last.append(loss.item())
     return net.eval(), sum(last) / len(last)
 
 
