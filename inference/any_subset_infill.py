@@ -76,7 +76,7 @@ def canvases(template: Template, tokenizer: Any, net: AnySubsetLM, samples: int 
     ids = [list(tokenizer.encode(piece, add_special_tokens=False)) for piece in template.pieces]
     if not any(ids) and not net.config.sink and getattr(tokenizer, "bos_token_id", None) is not None:
         ids[0] = [tokenizer.bos_token_id]
-    made = []
+    made: list[CanvasRequest] = []
     for lengths in itertools.product(*(range(least, most + 1) for least, most in template.lengths)):
         tokens = list(ids[0])
         for length, piece in zip(lengths, ids[1:], strict=True):

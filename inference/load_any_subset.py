@@ -37,6 +37,7 @@ def load_any_subset(
     directory = Path(path)
     found = manifests.read(directory)
     net = read_net(directory, dtype).to(device)
+    net.fuse()
     net.trained = {} if found is None else dict(found.couplings.trained)
     return net
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftsmith.inference import metrics, registry
+from draftsmith.inference.commands import decode_canvas, decode_diffusion
 from draftsmith.inference.commands._args import CommandParser, parser
 from draftsmith.inference.detokenize import TextStream
-from draftsmith.inference.errors import InvalidValue
-from draftsmith.inference.loader import LoadedPart, check_pair, check_role, load
+from draftsmith.inference.errors import InvalidType, InvalidValue
+from draftsmith.inference.loader import LoadedPart, check_pair, check_role, kind_of, load
 from draftsmith.inference.manifest import DTYPES
 from draftsmith.inference.prompts import PromptLine, read_prompts
 from draftsmith.inference.requests import Commit, Decoder, DecodeResult, RoundStats, TokenRequest
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from draftsmith.inference.costs import CostCurve
 
 _GREEN, _RESET = "\x1b[32m", "\x1b[0m"
+_MAX_NEW_TOKENS = 128
 
 
 @dataclass
@@ -98,17 +100,38 @@ class Writer:
 
 def main(argv: list[str]) -> int:
     given = _parser().parse_args(argv)
-    entry = registry.get(given.decoder or ("speculative" if given.draft else "autoregressive"))
+    entry = registry.get(given.decoder or _default_decoder(given))
     if "draft" in entry.needs and not given.draft:
         raise InvalidValue(f"decoder {entry.name!r} needs a draft: add --draft DIR")
     if given.draft and "draft" not in (*entry.needs, *entry.optional):
         raise InvalidValue(f"decoder {entry.name!r} takes no draft: leave --draft out, or choose another --decoder")
     if given.batch < 1:
         raise InvalidValue(f"--batch must be at least 1, got {given.batch}")
-    sampling = SamplingParams(**{f.name: getattr(given, f.name) for f in fields(SamplingParams)})
     settings = dict(_setting(text) for text in given.set)
+    continues = entry.requests == "tokens" or entry.name == decode_diffusion.DECODER
+    if continues == (given.infill is not None):
+        raise InvalidValue(
+            f"decoder {entry.name!r} "
+            + (
+                "fills holes: mark them, --infill 'def f(x): [[MASK:12]] return y'"
+                if given.infill is None
+                else f"continues prompts: --infill takes one of {', '.join(_infilling())}"
+            )
+        )
+    if given.infill is not None:
+        return decode_canvas.run(given, entry.name, settings)
+    decode_canvas.refuse(given)
     prompts = [PromptLine(given.prompt, None)] if given.prompt is not None else read_prompts(given.prompts)
+    if entry.name == decode_diffusion.DECODER:
+        return decode_diffusion.run(given, entry.name, settings, prompts, _length(given))
+    decode_diffusion.refuse(given)
+    sampling = SamplingParams(**{f.name: getattr(given, f.name) for f in fields(SamplingParams)})
     target = _load(given, given.target, "target")
+    if not hasattr(target.part, "new_cache"):
+        raise InvalidType(
+            f"{target.path} is of kind {target.kind!r} and no causal language model: decoder {entry.name!r} cannot "
+            "continue a text with it; leave --decoder out"
+        )
     requests = [_request(given, target, line, number) for number, line in enumerate(prompts)]
     decoder = _build(given, entry.name, target, sampling, settings, requests)
     writer = Writer(target.tokenizer, given.stop, _wants_color(given.color))
@@ -123,31 +146,56 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _default_decoder(given: argparse.Namespace) -> str:
+    if given.infill is not None:
+        return "any_subset"
+    if kind_of(given.target) == decode_diffusion.KIND:
+        return decode_diffusion.DECODER
+    return "speculative" if given.draft else "autoregressive"
+
+
+def _infilling() -> tuple[str, ...]:
+    """The decoders that fill marked holes."""
+    return tuple(name for name in registry.names("canvas") if name != decode_diffusion.DECODER)
+
+
+def _length(given: argparse.Namespace) -> int:
+    return _MAX_NEW_TOKENS if given.max_new_tokens is None else int(given.max_new_tokens)
+
+
 def _parser() -> CommandParser:
     made = parser(
         "decode",
         "Generate text with a target and, if given, a draft. Text goes to stdout, speed and acceptance to stderr.",
         """draftsmith decode exports/target --prompt "def add(a, b):"
-        draftsmith decode exports/target --draft exports/draft --prompts prompts.jsonl --temperature 0.7 --batch 4""",
+        draftsmith decode exports/target --draft exports/draft --prompts prompts.jsonl --temperature 0.7 --batch 4
+        draftsmith decode exports/diffusion --prompt "def add(a, b):" --set rule=threshold --set cache=dual
+        draftsmith decode exports/any-subset --infill "def f(x): [[MASK:12]] return y\"""",
     )
     made.add_argument("target", metavar="TARGET", help="export or Hugging Face directory of the target")
     made.add_argument("--draft", metavar="DIR", help="export or Hugging Face directory of the draft")
     made.add_argument(
         "--decoder",
         metavar="NAME",
-        help=f"one of {', '.join(registry.names())} (default: speculative with a draft, else autoregressive)",
+        help=f"one of {', '.join(registry.names())}, {decode_diffusion.DECODER} and, with --infill, "
+        f"{', '.join(_infilling())} (default: speculative with a draft, any_subset with --infill, "
+        f"{decode_diffusion.DECODER} for a masked diffusion model, else autoregressive)",
     )
     source = made.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", help="one prompt")
     source.add_argument("--prompts", metavar="FILE", help="JSONL, an object a line with 'prompt' or 'prompt_ids'")
-    made.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
+    source.add_argument(
+        "--infill", metavar="TEXT", help="a text with holes: [[MASK:12]] of 12 tokens, [[MASK:4-12]] of 4 to 12"
+    )
+    decode_canvas.add_arguments(made)
+    decode_diffusion.add_arguments(made)
+    made.add_argument("--max-new-tokens", type=int, metavar="N", help=f"default: {_MAX_NEW_TOKENS}")
     made.add_argument("--batch", type=int, default=1, metavar="B", help="prompts decoded together (default: 1)")
     made.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop string; may be repeated")
     made.add_argument("--ignore-eos", action="store_true", help="do not stop at the model's end-of-sequence ids")
     made.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
-    known = sorted(
-        {setting.name for name in registry.names() for setting in fields(registry.get(name).settings_type())}
-    )
+    names = (*registry.names(), *registry.names("canvas"))
+    known = sorted({setting.name for name in names for setting in fields(registry.get(name).settings_type())})
     made.add_argument(
         "--set",
         action="append",
@@ -284,7 +332,7 @@ def _calibrated(
 def _request(given: argparse.Namespace, target: LoadedPart, line: PromptLine, number: int) -> TokenRequest:
     return TokenRequest(
         line.ids(target.tokenizer),
-        max_new_tokens=given.max_new_tokens,
+        max_new_tokens=_length(given),
         row_id=number,  # rows sample apart, whatever batch they are in
         stop_ids=() if given.ignore_eos else target.stop_ids,
         stop_strings=tuple(given.stop),

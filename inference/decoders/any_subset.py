@@ -156,7 +156,7 @@ class AnySubsetDecoder:
             role = "target" if all(a for a, row in zip(alone, session.rows, strict=True) if row.left) else "draft"
             session.count(role, [row.left > 0 for row in session.rows])
             if role == "target":
-                return plain(session, drafting[:, :1], u.sample, self._sampling)
+                return plain(session, drafting[:, :1], u.draft, self._sampling)
             q = self._law(drafting)
             x = drafting.argmax(-1) if self._sampling.greedy else sample_categorical(q, u.draft)
             own = drafting[:, :1]
@@ -184,7 +184,8 @@ class AnySubsetDecoder:
 
     def _verify(self, x: Tensor, q: Tensor, scores: Tensor, n: Tensor, accept: Tensor, sample: Tensor) -> Verdict:
         if self._sampling.greedy:
-            return verify_greedy(x, scores.argmax(-1), n, scores.amax(-1).isfinite())
+            finite = scores.amax(-1).isfinite()  # a NaN would be its own argmax on both sides, and kept
+            return verify_greedy(x, scores.argmax(-1).masked_fill(~finite, -1), n, finite)
         return verify(x, q, self._law(scores), n, accept, sample)
 
     def _result(self, session: CanvasSession | None) -> DecodeResult:
@@ -248,12 +249,12 @@ class SequentialCanvasDecoder:
 
 
 def plain(session: CanvasSession, logits: Tensor, u: Tensor, sampling: SamplingParams) -> list[RowRound]:
-    """Commit one draw for each of logits [B, K, V] (u: [B, K] or [B]), as far as the rows have holes."""
+    """Commit one draw for each of logits [B, K, V], as far as the rows have holes; u: [B, K or more]."""
     if sampling.greedy:
         x, broken = logits.argmax(-1), ~logits.amax(-1).isfinite()
     else:
         p = law(logits, sampling)
-        x, broken = sample_categorical(p, u.view(logits.shape[:2])), p[..., 0].isnan()
+        x, broken = sample_categorical(p, u[:, : logits.shape[1]]), p[..., 0].isnan()
     session.place(session.ranks(x.shape[1]), x)
     return session.read_plain(x, broken)
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
-from draftsmith.inference.errors import InvalidValue
+from draftsmith.inference.nets.matrices import Matrix, matrix
+from draftsmith.inference.nets.transformer import activation as activation_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,19 +61,36 @@ class Place:
     end: int
 
 
+class Linear(nn.Linear):
+    """A linear that serves few rows by the fastest product for them (`nets.matrices`); trains as torch's."""
+
+    _matrix: Matrix | None = None
+
+    def fuse(self) -> None:
+        """Serve from now on; changes of the weight in place are seen, a replaced one is served as before."""
+        self._matrix = matrix(self.weight, self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] -> [..., O]"""
+        served = self._matrix
+        if served is None or torch.is_grad_enabled() or served.weight.data_ptr() != self.weight.data_ptr():
+            return F.linear(x, self.weight, self.bias)
+        return served(x)
+
+
 class Attention(nn.Module):
     """Multi-head attention of all rows over the content rows; with `relative`, Transformer-XL's score."""
 
     def __init__(self, width: int, heads: int, head_dim: int, bias: bool, relative: bool, dropout: float) -> None:
         super().__init__()
         self.heads, self.head_dim, self.dropout = heads, head_dim, dropout
-        self.q_proj = nn.Linear(width, heads * head_dim, bias=bias)
-        self.k_proj = nn.Linear(width, heads * head_dim, bias=bias)
-        self.v_proj = nn.Linear(width, heads * head_dim, bias=bias)
-        self.o_proj = nn.Linear(heads * head_dim, width, bias=bias)
+        self.q_proj = Linear(width, heads * head_dim, bias=bias)
+        self.k_proj = Linear(width, heads * head_dim, bias=bias)
+        self.v_proj = Linear(width, heads * head_dim, bias=bias)
+        self.o_proj = Linear(heads * head_dim, width, bias=bias)
         self.relative = relative
         if relative:
-            self.r_proj = nn.Linear(width, heads * head_dim, bias=False)
+            self.r_proj = Linear(width, heads * head_dim, bias=False)
             self.r_w_bias = nn.Parameter(torch.zeros(heads, head_dim))
             self.r_r_bias = nn.Parameter(torch.zeros(heads, head_dim))
 
@@ -125,15 +142,13 @@ class Layer(nn.Module):
         dropout: float,
     ) -> None:
         super().__init__()
-        if activation not in ACT2FN:
-            raise InvalidValue(f"unknown activation {activation!r}: choose one of {', '.join(sorted(ACT2FN))}")
         self.post_norm = xlnet
         self.attention = Attention(width, heads, head_dim, not xlnet, xlnet, dropout)
         self.attention_norm = nn.LayerNorm(width, eps=norm_eps)
-        self.up_proj = nn.Linear(width, inner)
-        self.down_proj = nn.Linear(inner, width)
+        self.up_proj = Linear(width, inner)
+        self.down_proj = Linear(inner, width)
         self.mlp_norm = nn.LayerNorm(width, eps=norm_eps)
-        self.act = ACT2FN[activation]
+        self.act = activation_of(activation)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, step: Pass, cache: LayerCache | None = None, place: Place | None = None) -> Tensor:

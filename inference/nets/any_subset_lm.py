@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from draftsmith.inference.errors import InvalidState, InvalidValue, unknown_choice
-from draftsmith.inference.nets.any_subset_layers import Layer, LayerCache, Pass, Place, distance_encoding
+from draftsmith.inference.nets.any_subset_layers import Layer, LayerCache, Linear, Pass, Place, distance_encoding
 from draftsmith.inference.nets.any_subset_seal import Sealed
 
 SCHEMES = ("absolute", "xlnet")
@@ -112,7 +112,7 @@ class AnySubsetLM(Sealed, nn.Module):
             )
             for _ in range(config.num_layers)
         )
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=not absolute)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=not absolute)
         self.reset_parameters()
         if config.tied:
             self.lm_head.weight = self.embed_tokens.weight
@@ -120,6 +120,12 @@ class AnySubsetLM(Sealed, nn.Module):
     @property
     def device(self) -> torch.device:
         return self.query.device
+
+    def fuse(self) -> None:
+        """Serve: products of few rows by the fastest kernel. Training and changes in place go on as before."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.fuse()
 
     def reset_parameters(self) -> None:
         """Normal(0, 0.02); the projections back into the residual stream by 1 / sqrt(2 layers) less (GPT-2)."""
