@@ -88,7 +88,7 @@ def test_killed_runs_end_as_uninterrupted_ones(tmp_path: Path, ranks: int) -> No
     """SIGKILL, SIGTERM and SIGUSR1, half of them into a save; samples and weights to the bit."""
     place = kills.Place(tmp_path / "place", STEPS)
     write_lm(place.path / "target", seed=1, layers=6, max_length=64)
-    config = eagle(place.path, **HEADS["EAGLE-3"], noise=0.05)
+    config = eagle(place.path, steps=3, noise=0.05)
     config["checkpoint"] = {"every_n_steps": 2, "keep": 2, "monitor": None}
     (place.path / "tiny.yaml").write_text(yaml.safe_dump(config))
     words = ranks_of(1, BATCH) if ranks == 1 else zero(place.path, 2, 2, BATCH)
