@@ -33,6 +33,7 @@ class Kind:
     couplings: tuple[str, ...]  # fields of `Couplings` that the manifest must state (not null)
     load: str  # "module:function"; function(path, *, engine, dtype, device) -> the part that decoders take
     config: str = "config.json"  # the file of the net's own configuration
+    requests: str = "tokens"  # what its decoders take as a target: "tokens" or "canvas" (DecoderEntry.requests)
 
 
 KINDS: dict[str, Kind] = {
@@ -73,6 +74,7 @@ KINDS: dict[str, Kind] = {
             ("target",),
             ("vocab_size",),
             "draftsmith.inference.load_any_subset:load_any_subset",
+            requests="canvas",
         ),
         Kind(
             "ngram-table",
@@ -108,6 +110,7 @@ KINDS: dict[str, Kind] = {
             ("target",),
             ("vocab_size",),
             "draftsmith.inference.load_masked:load_masked_lm",
+            requests="canvas",
         ),
         Kind(
             "filter",

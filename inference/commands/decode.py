@@ -14,7 +14,7 @@ from draftsmith.inference.commands._args import CommandParser, parser
 from draftsmith.inference.detokenize import TextStream
 from draftsmith.inference.errors import InvalidType, InvalidValue
 from draftsmith.inference.loader import LoadedPart, check_pair, check_role, kind_of, load
-from draftsmith.inference.manifest import DTYPES
+from draftsmith.inference.manifest import DTYPES, KINDS
 from draftsmith.inference.prompts import PromptLine, read_prompts
 from draftsmith.inference.requests import Commit, Decoder, DecodeResult, RoundStats, TokenRequest
 from draftsmith.inference.sampling import SamplingParams
@@ -127,7 +127,7 @@ def main(argv: list[str]) -> int:
     decode_diffusion.refuse(given)
     sampling = SamplingParams(**{f.name: getattr(given, f.name) for f in fields(SamplingParams)})
     target = _load(given, given.target, "target")
-    if not hasattr(target.part, "new_cache"):
+    if not hasattr(target.part, "new_cache") or KINDS[target.kind].requests != "tokens":
         raise InvalidType(
             f"{target.path} is of kind {target.kind!r} and no causal language model: decoder {entry.name!r} cannot "
             "continue a text with it; leave --decoder out"

@@ -210,6 +210,7 @@ def test_refusals(export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         ((plain, "--infill", TEXT), "--infill needs an any-subset model"),
         ((plain, "--prompt", "a", "--samples", "2"), "--samples belongs to --infill"),
         ((bare, "--infill", TEXT), "has no tokenizer"),
+        ((export, "--prompt", "a"), "is of kind 'any-subset-lm' and no causal language model"),
     ):
         assert main(["decode", *map(str, argv)]) == 2, argv
         out, err = capsys.readouterr()
