@@ -52,7 +52,7 @@ class AnySubsetSettings:
         metadata={"help": "choose k in 2..k, row by row, for the most tokens per cost at the acceptance seen so far"},
     )
     row_cost: float = field(
-        default=0.03, metadata={"help": "adaptive: what one more row of a pass costs, as a share of the pass"}
+        default=0.02, metadata={"help": "adaptive: what one more row of a pass costs, as a share of the pass"}
     )
     cache: bool = field(default=True, metadata={"help": "keep keys and values of committed tokens (exact)"})
 
