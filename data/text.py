@@ -24,13 +24,16 @@ from draftsmith.data.stateful_loader import StatefulLoader, StatefulStreamLoader
 from draftsmith.data.token_store import PackedTokens, TokenStore, encode_documents, new_directory, write_store
 from draftsmith.data.token_stream import TokenStream
 from draftsmith.data.tokenizer import MIN_VOCAB, load_tokenizer, train_bpe
+from draftsmith.data.whitespace import keep_whitespace
+from draftsmith.data.whole_documents import WholeDocuments
 from draftsmith.inference.couplings import tokenizer_identity
-from draftsmith.inference.errors import InvalidState, InvalidValue
+from draftsmith.inference.errors import InvalidState, InvalidValue, unknown_choice
 from draftsmith.inference.requests import TokenRequest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+PACKINGS = ("cut", "whole")
 _FORMAT = 1  # part of the cache key: raise it when the same settings would give other tokens
 
 
@@ -42,8 +45,10 @@ class TextConfig:
     length: int = 256  # tokens per sample
     batch_size: int = 8  # samples per rank
     separate_documents: bool = False  # True: no attention across documents, positions restart; costs a [T, T] mask
+    packing: str = "cut"  # cut: every `length` tokens; whole: documents are cut only where they are longer than a row
     add_bos: bool = False  # begin each plain text with BOS (what many pretrained targets expect)
     answers_only: bool = True  # of conversations, learn only what the assistant wrote
+    whitespace: str = ""  # "xlnet": line ends, tabs and runs of spaces are tokens (XLNet's tokenizer drops them)
     chat_template: str = ""  # empty: the tokenizer's own; "simple"; or a Jinja file
     shuffle: bool = True
     seed: int = 0
@@ -62,9 +67,17 @@ class TextConfig:
                 raise InvalidValue(f"text.{name} must be at least 1, got {getattr(self, name)}")
         if self.num_workers < 0:
             raise InvalidValue(f"text.num_workers must be at least 0, got {self.num_workers}")
+        if self.packing not in PACKINGS:
+            raise unknown_choice("text.packing", self.packing, PACKINGS)
+        if self.packing == "whole" and (self.streaming or not self.separate_documents):
+            raise InvalidValue("text.packing whole needs text.separate_documents true and text.streaming false")
         size = self.bpe_size
         if size is not None and size < MIN_VOCAB:
             raise InvalidValue(f"text.tokenizer is {self.tokenizer!r}: the size must be at least {MIN_VOCAB}")
+        if self.whitespace not in ("", "xlnet"):
+            raise unknown_choice("text.whitespace", self.whitespace, ("xlnet",))
+        if self.whitespace and size is not None:
+            raise InvalidValue("text.whitespace is for a tokenizer directory: a byte-level BPE keeps whitespace anyway")
         if size is not None and self.streaming:
             raise InvalidValue(f"streaming needs a tokenizer directory, got {self.tokenizer!r}: train one first")
 
@@ -111,6 +124,8 @@ class TextDataModule(LightningDataModule):
             tokenizer = self._open_tokenizer(Path(self.text.tokenizer))  # for its errors, before anything is hashed
             identity = tokenizer_identity(Path(self.text.tokenizer))
             text["tokenizer"] = [identity.hash if identity else self.text.tokenizer, tokenizer.chat_template]
+            if self.text.whitespace:
+                text["whitespace"] = self.text.whitespace
         else:
             text["tokenizer"] = [self.text.tokenizer, self.text.chat_template]
         key = json.dumps([_FORMAT, signature(self.corpus), text], sort_keys=True)
@@ -132,6 +147,9 @@ class TextDataModule(LightningDataModule):
         with new_directory(self.directory) as temporary:
             if self.text.bpe_size is not None:
                 train_bpe((d.text for d in train), self.text.bpe_size).save_pretrained(temporary / "tokenizer")
+                tokenizer = self._open_tokenizer(temporary / "tokenizer")
+            elif self.text.whitespace:
+                keep_whitespace(Path(self.text.tokenizer), temporary / "tokenizer")
                 tokenizer = self._open_tokenizer(temporary / "tokenizer")
             else:
                 tokenizer = self._open_tokenizer(Path(self.text.tokenizer))
@@ -158,8 +176,9 @@ class TextDataModule(LightningDataModule):
             raise InvalidState(f"no prepared data in {str(self.directory)!r} ({e}): call prepare_data first") from e
         tokenizer = self.tokenizer
         pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        pack = WholeDocuments if self.text.packing == "whole" else PackedTokens
         self._train, self._val = (
-            PackedTokens(
+            pack(
                 TokenStore(self.directory / name),
                 self.text.length,
                 separate=self.text.separate_documents,
@@ -186,8 +205,9 @@ class TextDataModule(LightningDataModule):
 
     @property
     def tokenizer_dir(self) -> Path:
-        """The tokenizer's directory, to be copied into exports. Of "bpe:N", there after `prepare_data`."""
-        return self.directory / "tokenizer" if self.text.bpe_size is not None else Path(self.text.tokenizer)
+        """The tokenizer's directory, to be copied into exports. One that is made here is there after `prepare_data`."""
+        own = self.text.bpe_size is not None or self.text.whitespace
+        return self.directory / "tokenizer" if own else Path(self.text.tokenizer)
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerFast":
@@ -206,7 +226,12 @@ class TextDataModule(LightningDataModule):
     def summary(self) -> str:
         """One line: documents, duplicates, split, tokens."""
         train, val = self._packed("train").store.num_tokens, self._packed("val").store.num_tokens
-        return f"{self._info['corpus']}; {train} training tokens, {val} validation tokens, vocabulary {self.vocab_size}"
+        packed = TextDataModule._packed(self, "train")
+        rows = f", rows of whole documents {packed.fill:.1%} full" if isinstance(packed, WholeDocuments) else ""
+        return (
+            f"{self._info['corpus']}; {train} training tokens, {val} validation tokens, vocabulary {self.vocab_size}"
+            f"{rows}"
+        )
 
     def label_counts(self, size: int) -> torch.Tensor:
         """int64 [size]: how often each token id is a label of the training text. Raises InvalidValue for a stream."""
