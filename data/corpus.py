@@ -7,6 +7,7 @@ A source is a string, `[TAG=]WHAT`, where WHAT is one of
   PATH                           a file, a folder (recursive) or a glob; by suffix .jsonl, .parquet, else plain text
   DIR of `Dataset.save_to_disk`  a local Hugging Face data set
   hf:NAME[:CONFIG][@SPLIT]       a Hugging Face data set by name (the only form that may use the network)
+  log:PATH                       a server's request log (JSON lines, see log_lines.py): prompts and their answers
 Near-duplicates are dropped, then whole groups (packages, files, or the rows' `group_field`) go either to training or to
 validation.
 """
@@ -25,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from draftsmith.data.log_lines import UnusableLine, parse_line
 from draftsmith.data.near_duplicates import near_duplicates
 from draftsmith.inference.errors import InvalidValue, MissingExtra, unknown_choice
 
@@ -44,6 +46,8 @@ class Document:
     group: str  # package, file or record: never divided between training and validation
     tag: str = ""  # domain; statistics are split by it
     messages: tuple[Mapping[str, str], ...] = ()  # role and content of each turn; empty for plain text
+    ids: tuple[int, ...] = ()  # the tokens that a server logged; taken instead of the text's
+    prompt_ids: int = 0  # so many of them are the prompt
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,8 @@ def read_documents(config: CorpusConfig, streaming: bool = False) -> Iterator[Do
             documents = _stdlib(what.removeprefix("stdlib").removeprefix(":"), tag)
         elif what.startswith("hf:") or _is_saved_dataset(Path(what)):
             documents = _rows_to_documents(_dataset_rows(what, streaming), what, tag, config)
+        elif what.startswith("log:"):
+            documents = _logged(what.removeprefix("log:"), tag)
         else:
             documents = _files(what, tag, config)
         for document in documents:
@@ -163,7 +169,8 @@ def signature(config: CorpusConfig) -> str:
         elif _is_saved_dataset(Path(what)):
             parts.extend([str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(Path(what).rglob("*")))
         else:
-            parts.extend([str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in _expand(what))
+            files = _expand(what.removeprefix("log:"))
+            parts.extend([str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -171,7 +178,8 @@ def digest(documents: Iterable[Document]) -> str:
     """sha256 over the documents' contents, in order: the data fingerprint of the provenance."""
     total = hashlib.sha256()
     for d in documents:
-        content = json.dumps([d.text, d.tag, [dict(m) for m in d.messages]], ensure_ascii=True)
+        served = [d.ids, d.prompt_ids] if d.ids else []  # other documents keep the fingerprint that they always had
+        content = json.dumps([d.text, d.tag, [dict(m) for m in d.messages], *served], ensure_ascii=True)
         total.update(hashlib.sha256(content.encode()).digest())
     return total.hexdigest()
 
@@ -281,6 +289,36 @@ def _files(what: str, tag: str, config: CorpusConfig) -> Iterator[Document]:
                     yield Document(piece, f"{path}#{number}", group, tag)
         except OSError as e:
             raise InvalidValue(f"cannot read {str(path)!r}: {e.strerror or e}") from e
+
+
+def _logged(what: str, tag: str) -> Iterator[Document]:
+    """One document a served request: its tokens where the log has them, else its text or its chat."""
+    for path in _expand(what):
+        for number, line in enumerate(_lines(path), 1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                found = parse_line(line)
+            except UnusableLine as problem:
+                raise InvalidValue(f"{where}: {problem}") from problem
+            tag_of_it = found.tag if found.tag and not tag else tag
+            if found.prompt_ids is not None and found.answer_ids is not None:
+                ids = (*found.prompt_ids, *found.answer_ids)
+                words = " ".join(map(str, ids))  # for the search of duplicates, whatever texts are there
+                yield Document(words, where, where, tag_of_it, ids=ids, prompt_ids=len(found.prompt_ids))
+            elif found.answer is None or (found.messages is None and found.prompt is None):
+                raise InvalidValue(
+                    f"{where}: token ids of only one of prompt and answer, and no text of the other: ask the server "
+                    "for both (vLLM: return_token_ids)"
+                )
+            elif not found.answer:
+                continue
+            elif found.messages is not None:
+                turns = (*found.messages, {"role": "assistant", "content": found.answer})
+                yield Document("\n".join(m["content"] for m in turns), where, where, tag_of_it, turns)
+            else:
+                yield Document(f"{found.prompt}{found.answer}", where, where, tag_of_it)
 
 
 def _lines(path: Path) -> Iterator[str]:

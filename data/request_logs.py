@@ -1,19 +1,12 @@
 """Request logs as production servers write them (OpenAI-style JSON lines, prompt and answer) as a stream to learn from.
 
 The answers are the target's own (it served them); its laws were not logged and are recomputed here in one forward pass
-over the logged text. Read are, in one file or several, mixed as they come:
-
-    {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
-    {"messages": [...], "choices": [{"message": {"role": "assistant", "content": "..."}, "finish_reason": "stop"}]}
-    {"prompt": "...", "choices": [{"text": "...", "finish_reason": "length"}]}      also "completion" or "answer"
-    {"request": {...}, "response": {...}}      either form split in two; {"body": {...}} inside them is looked into
-
-A prompt may be token ids. "tag", "metadata": {"tag": ...} or "model" gives the tag. `finish_reason` "stop" means that
-the model ended the answer itself: its end token is appended.
+over the logged text. `log_lines.py` has the forms that are read, in one file or several, mixed as they come; token ids
+are taken as they were logged where they were, else the text is tokenised. "tag", "metadata": {"tag": ...} or "model"
+gives the tag. `finish_reason` "stop" means that the model ended the answer itself: its end token is appended to a text.
 Shape letters: R requests, T tokens, M positions, D width, V vocabulary.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +17,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.data.chat import encode_prompt, render
+from draftsmith.data.log_lines import LogLine, UnusableLine, parse_line
 from draftsmith.inference.engine import Engine
 from draftsmith.inference.errors import InvalidValue
 from draftsmith.inference.laws import Record, TeacherLaw
@@ -57,14 +51,6 @@ class LogReport:
         return f"{self.lines} lines: {', '.join(parts) or 'nothing'}" + (
             f"; first problem: {self.first_problem}" if self.first_problem else ""
         )
-
-
-class _Unusable(Exception):
-    """Why one line cannot be used; the field of the report that counts it."""
-
-    def __init__(self, kind: str, why: str) -> None:
-        super().__init__(why)
-        self.kind = kind
 
 
 class RequestLog:
@@ -108,7 +94,7 @@ class RequestLog:
                     self.report.lines += 1
                     try:
                         logged = self._parse(line)
-                    except _Unusable as problem:
+                    except UnusableLine as problem:
                         setattr(self.report, problem.kind, getattr(self.report, problem.kind) + 1)
                         self.report.first_problem = self.report.first_problem or f"{path}:{number}: {problem}"
                         continue
@@ -117,55 +103,40 @@ class RequestLog:
                         yield logged
 
     def _parse(self, line: str) -> LoggedRequest:
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise _Unusable("malformed", f"not JSON ({error})") from error
-        if not isinstance(entry, dict):
-            raise _Unusable("malformed", f"a JSON {type(entry).__name__}, not an object")
-        question, reply = _halves(entry)
-        messages = question.get("messages")
-        answer, finished = _answer(reply)
-        if isinstance(messages, list):
-            if answer is None and messages and _role(messages[-1]) == "assistant":
-                answer = _content(messages[-1])
-                messages = messages[:-1]
-            prompt = self._chat(messages)
+        found = parse_line(line)
+        chat = found.messages is not None
+        prompt = self._checked(found.prompt_ids, "prompt") if found.prompt_ids is not None else self._prompt(found)
+        if found.answer_ids is not None:
+            ids = self._checked(found.answer_ids, "answer")
         else:
-            prompt = self._prompt(question.get("prompt"))
-        if answer is None:
-            raise _Unusable("malformed", "no answer (choices, completion, answer or a last assistant message)")
-        ids = self._ids(answer, special=False)
-        end = self._end_of_turn if isinstance(question.get("messages"), list) else self.tokenizer.eos_token_id
-        if finished and end is not None and ids and ids[-1] != end:
-            ids.append(end)
+            ids = self._ids(found.answer or "", special=False)
+            end = self._end_of_turn if chat else self.tokenizer.eos_token_id
+            if found.finished and end is not None and ids and ids[-1] != end:
+                ids.append(end)
         if not prompt or not ids:
-            raise _Unusable("empty", "empty prompt" if not prompt else "empty answer")
+            raise UnusableLine("empty", "empty prompt" if not prompt else "empty answer")
         if len(prompt) + len(ids) > self.max_length:
-            raise _Unusable("too_long", f"{len(prompt)} + {len(ids)} tokens exceed the context of {self.max_length}")
-        request = TokenRequest(prompt=tuple(prompt), max_new_tokens=len(ids), tag=_tag(entry, question)[: self.max_tag])
+            raise UnusableLine("too_long", f"{len(prompt)} + {len(ids)} tokens exceed the context of {self.max_length}")
+        request = TokenRequest(prompt=tuple(prompt), max_new_tokens=len(ids), tag=found.tag[: self.max_tag])
         return LoggedRequest(request, tuple(ids))
 
-    def _chat(self, messages: list[Any]) -> list[int]:
-        turns = [{"role": _role(message), "content": _content(message)} for message in messages]
-        if not turns:
+    def _checked(self, ids: Sequence[int], what: str) -> list[int]:
+        size = len(self.tokenizer)
+        if any(not 0 <= x < size for x in ids):
+            raise UnusableLine("malformed", f"{what} token ids outside 0..{size - 1}: another tokenizer wrote them")
+        return list(ids)
+
+    def _prompt(self, found: LogLine) -> list[int]:
+        if found.messages is None:
+            return self._ids(found.prompt, special=True) if found.prompt else []
+        if not found.messages:
             return []
         if self.tokenizer.chat_template is None:
-            raise _Unusable("malformed", "a chat, but the target's tokenizer has no chat template")
+            raise UnusableLine("malformed", "a chat, but the target's tokenizer has no chat template")
         try:
-            return encode_prompt(self.tokenizer, turns)
+            return encode_prompt(self.tokenizer, [dict(turn) for turn in found.messages])
         except InvalidValue as error:
-            raise _Unusable("malformed", str(error)) from error
-
-    def _prompt(self, prompt: Any) -> list[int]:
-        if isinstance(prompt, str):
-            return self._ids(prompt, special=True) if prompt else []
-        if isinstance(prompt, list) and all(isinstance(x, int) and not isinstance(x, bool) for x in prompt):
-            size = len(self.tokenizer)
-            if any(not 0 <= x < size for x in prompt):
-                raise _Unusable("malformed", f"prompt token ids outside 0..{size - 1}: another tokenizer wrote them")
-            return list(prompt)
-        raise _Unusable("malformed", "no prompt (prompt or messages)")
+            raise UnusableLine("malformed", str(error)) from error
 
     @cached_property
     def _end_of_turn(self) -> int | None:
@@ -183,63 +154,6 @@ class RequestLog:
     def _ids(self, text: str, *, special: bool) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
         return ids
-
-
-def _halves(entry: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The objects that hold the question and the reply (often one and the same)."""
-    question, reply = entry, entry
-    if isinstance(entry.get("request"), dict):
-        question = entry["request"]
-    if isinstance(question.get("body"), dict):
-        question = question["body"]
-    if isinstance(entry.get("response"), dict):
-        reply = entry["response"]
-    if isinstance(reply.get("body"), dict) and reply is not entry:
-        reply = reply["body"]
-    return question, reply
-
-
-def _answer(reply: dict[str, Any]) -> tuple[str | None, bool]:
-    """(answer text, did the model end it itself?) of a reply object."""
-    choices = reply.get("choices")
-    if isinstance(choices, list) and choices and isinstance(choices[0], dict):
-        choice = choices[0]
-        finished = choice.get("finish_reason") == "stop"
-        if isinstance(choice.get("text"), str):
-            return choice["text"], finished
-        if isinstance(choice.get("message"), dict):
-            return _content(choice["message"]), finished
-    for name in ("completion", "answer", "response"):
-        if isinstance(reply.get(name), str):
-            return reply[name], False
-    return None, False
-
-
-def _role(message: Any) -> str:
-    role = message.get("role") if isinstance(message, dict) else None
-    if not isinstance(role, str):
-        raise _Unusable("malformed", "a message without a role")
-    return role
-
-
-def _content(message: Any) -> str:
-    """The text of a message: a string, or the text parts of a list."""
-    content = message.get("content") if isinstance(message, dict) else None
-    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
-        return "".join(part["text"] for part in content)
-    if not isinstance(content, str):
-        raise _Unusable("malformed", "a message whose content is not text")
-    return content
-
-
-def _tag(entry: dict[str, Any], question: dict[str, Any]) -> str:
-    for source in (entry, question):
-        metadata = source.get("metadata")
-        for tag in (source.get("tag"), metadata.get("tag") if isinstance(metadata, dict) else None):
-            if isinstance(tag, str):
-                return tag
-    model = question.get("model")
-    return model if isinstance(model, str) else ""
 
 
 @torch.no_grad()

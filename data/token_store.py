@@ -36,7 +36,7 @@ _CHUNK = 256  # documents tokenised at once
 
 @dataclass(frozen=True)
 class EncodedDocument:
-    """A document's tokens. A plain text ends with EOS; a conversation ends as its chat template ends it."""
+    """A document's tokens. A text ends with EOS, a conversation as its template ends it, what was served as it was."""
 
     ids: NDArray[np.int64]  # [n]
     mask: NDArray[np.uint8]  # [n]; 1: the token is a label
@@ -54,9 +54,14 @@ def encode_documents(
     iterator = iter(documents)
     head = [tokenizer.bos_token_id] if add_bos and tokenizer.bos_token_id is not None else []
     while chunk := list(islice(iterator, _CHUNK)):
-        texts = iter(encode_texts(tokenizer, [d.text for d in chunk if not d.messages]))
+        texts = iter(encode_texts(tokenizer, [d.text for d in chunk if not d.messages and not d.ids]))
         for d in chunk:
-            if d.messages:
+            if d.ids:
+                if not all(0 <= x < len(tokenizer) for x in d.ids):
+                    raise InvalidValue(f"{d.source}: token ids outside 0..{len(tokenizer) - 1}: of another tokenizer")
+                ids = list(d.ids)
+                mask = [int(not answers_only or i >= d.prompt_ids) for i in range(len(ids))]
+            elif d.messages:
                 try:
                     chat = encode_chat(tokenizer, d.messages)
                 except InvalidValue as e:

@@ -35,7 +35,7 @@ from tests.vllm_server import ENVIRONMENT, PYTHON, SECONDS, Server
 
 SLUG = "vllm"
 FILES = ("inference/formats/*.py", "inference/decoders/*.py", "inference/drafters/*.py", "inference/nets/*.py")
-LEARNING = ("modules/osd_drafter.py", "data/corpus.py", "data/text.py", "data/request_logs.py", "trainers/export.py")
+LEARNING = ("modules/osd_drafter.py", "data/corpus.py", "data/text.py", "data/*log*.py", "trainers/export.py")
 DRAFT, NEW, PROMPTS = 4, 48, 24
 TRAFFIC = 192  # requests of the log
 LETTERS = string.ascii_letters + string.digits + "+/"  # the grammar's ids as text
@@ -63,7 +63,7 @@ model:
     optim: {lr: 3.0e-3, warmup_steps: 5}
 data:
   init_args:
-    corpus: {sources: [text.jsonl], dedup: null, val_fraction: 0.1}
+    corpus: {sources: ["log:served.jsonl"], dedup: null, val_fraction: 0.1}
     text: {tokenizer: target, length: 64, batch_size: 16}
 checkpoint: {every_n_steps: 1000}
 """
@@ -240,8 +240,6 @@ def test_the_log_of_the_server_teaches_the_draft_and_its_export_goes_back(tmp_pa
     served = [(tuple(choice["prompt_token_ids"]), tuple(choice["token_ids"])) for choice in choices]
     source = RequestLog([log], load_tokenizer(target), max_length=256)
     assert [(item.request.prompt, item.answer) for item in source.read()] == served  # token by token
-    text = "".join(json.dumps({"text": row["prompt"] + row["choices"][0]["text"]}) + "\n" for row in rows)
-    (tmp_path / "text.jsonl").write_text(text, "utf-8")  # jq -c '{text: (.prompt + .choices[0].text)}'
 
     (tmp_path / "small.yaml").write_text(SMALL, "utf-8")
     draftsmith(tmp_path, "fit", "-c", "osd/offline", "-c", "small.yaml", "--run", "runs/loop")

@@ -1,11 +1,13 @@
 """Sources, near-duplicates and the split: deterministic, counted, and one clear line for every bad input."""
 
+import dataclasses
 import json
 import re
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -15,6 +17,8 @@ from hypothesis import strategies as st
 
 from draftsmith.data.corpus import CorpusConfig, Document, digest, load_corpus, read_documents, signature
 from draftsmith.data.near_duplicates import jaccard, near_duplicates, shingles
+from draftsmith.data.token_store import encode_documents
+from draftsmith.data.tokenizer import MIN_VOCAB, train_bpe
 from draftsmith.inference.errors import InvalidValue
 
 WORDS = [f"word{i}" for i in range(500)]
@@ -270,3 +274,54 @@ def test_bad_settings() -> None:
     ):
         with pytest.raises(InvalidValue, match=message):
             CorpusConfig(**settings)  # type: ignore[arg-type]  # the bad values are the point
+
+
+# --- request logs ---
+
+
+def served(tmp_path: Path, *rows: object) -> CorpusConfig:
+    return config(f"log:{write_jsonl(tmp_path / 'served.jsonl', list(rows))}", val_fraction=0.0, dedup=None)
+
+
+def test_a_request_log_is_a_source(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "add"}]
+    log = served(
+        tmp_path,
+        {"prompt": "def add", "model": "m", "choices": [{"text": "(a, b)"}]},
+        {"messages": chat, "choices": [{"message": {"role": "assistant", "content": "a + b"}}]},
+        {"prompt": "x", "choices": [{"text": "y", "prompt_token_ids": [5, 6], "token_ids": [7]}]},
+        {"prompt": "nothing came", "choices": [{"text": ""}]},
+    )
+    text, turns, ids = read_documents(log)
+    assert (text.text, text.tag, text.ids, text.messages) == ("def add(a, b)", "m", (), ())
+    assert turns.messages == (*chat, {"role": "assistant", "content": "a + b"})
+    assert (ids.ids, ids.prompt_ids, ids.text) == ((5, 6, 7), 2, "5 6 7")
+    assert len({d.group for d in (text, turns, ids)}) == 3
+    before = signature(log)
+    (tmp_path / "served.jsonl").write_text('{"prompt": "a", "completion": "b"}\n', "utf-8")
+    assert signature(log) != before
+    assert digest([ids]) != digest([Document("5 6 7", ids.source, ids.group)])
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ({"prompt": "x"}, r"served.jsonl:1: no answer"),
+        ({"prompt": [5, 6], "completion": "y"}, r"served.jsonl:1: token ids of only one of prompt and answer"),
+    ],
+)
+def test_a_log_line_that_cannot_be_used_is_named(tmp_path: Path, row: dict[str, Any], why: str) -> None:
+    with pytest.raises(InvalidValue, match=why):
+        list(read_documents(served(tmp_path, row)))
+
+
+def test_served_tokens_are_learned_as_they_were_served(tmp_path: Path) -> None:
+    tokenizer = train_bpe(["def add(a, b)"], MIN_VOCAB)
+    row = {"prompt": "x", "choices": [{"text": "y", "prompt_token_ids": [5, 6], "token_ids": [7]}]}
+    (document,) = read_documents(served(tmp_path, row))
+    for answers_only, mask in ((False, [1, 1, 1]), (True, [0, 0, 1])):
+        (found,) = encode_documents([document], tokenizer, add_bos=True, answers_only=answers_only)
+        assert found.ids.tolist() == [5, 6, 7] and found.mask.tolist() == mask  # neither BOS nor EOS is put to them
+    foreign = dataclasses.replace(document, ids=(5, 10**6))
+    with pytest.raises(InvalidValue, match="token ids outside"):
+        list(encode_documents([foreign], tokenizer, add_bos=False, answers_only=False))

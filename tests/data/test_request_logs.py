@@ -77,6 +77,37 @@ def test_prompts_as_token_ids(tmp_path: Path, tokenizer: Any) -> None:
     assert item.request.prompt == (9, 8, 7)
 
 
+VLLM = {  # as vLLM's server replies with return_token_ids
+    "completion": {"prompt": "say hello", "choices": [{"text": "?", "prompt_token_ids": [9, 8], "token_ids": [7, 6]}]},
+    "prompt of ids": {"prompt": [9, 8], "choices": [{"text": "?", "token_ids": [7, 6]}]},
+    "chat": {
+        "messages": CHAT,
+        "prompt_token_ids": [9, 8],
+        "choices": [{"message": REPLY, "token_ids": [7, 6], "finish_reason": "stop"}],
+    },
+    "split": {
+        "request": {"prompt": "say hello"},
+        "response": {"prompt_token_ids": [9, 8], "choices": [{"token_ids": [7, 6], "finish_reason": "stop"}]},
+    },
+}
+
+
+@pytest.mark.parametrize("form", VLLM)
+def test_logged_token_ids_are_taken_as_they_are(tmp_path: Path, tokenizer: Any, form: str) -> None:
+    (item,) = log(tmp_path, [VLLM[form]], tokenizer).read()
+    assert (item.request.prompt, item.answer) == ((9, 8), (7, 6))
+    assert item.request.max_new_tokens == 2
+
+
+def test_token_ids_of_another_tokenizer_and_empty_ones(tmp_path: Path, tokenizer: Any) -> None:
+    foreign = {"prompt": "say hello", "choices": [{"text": "x", "token_ids": [10**6]}]}
+    empty = {"prompt": "say hello", "choices": [{"text": " twice", "token_ids": []}]}
+    source = log(tmp_path, [foreign, empty], tokenizer)
+    (item,) = source.read()
+    assert tokenizer.decode(list(item.answer)) == " twice"  # no ids: the text is tokenised
+    assert source.report.malformed == 1 and "answer token ids outside" in source.report.first_problem
+
+
 def test_an_answer_that_the_model_ended_gets_its_end_token(tmp_path: Path, tokenizer: Any) -> None:
     def ends(reason: str, chat: bool) -> int:
         reply = {"message": REPLY} if chat else {"text": " twice"}
