@@ -206,7 +206,7 @@ class TraceBatch(Batch):
 
 @dataclass(eq=False)
 class ImageBatch(Batch):
-    """Images with classes; scaled to [-1, 1] in the step (`images.scaled`)."""
+    """Images with classes."""
 
     pixels: Tensor  # uint8 [B, C, H, W]
     classes: Tensor  # int64 [B]
@@ -218,6 +218,11 @@ class ImageBatch(Batch):
         check_field("ImageBatch", "pixels", self.pixels, torch.uint8, tuple(self.pixels.shape))
         for name in ("classes", "sample_id"):
             check_field("ImageBatch", name, getattr(self, name), torch.int64, (self.pixels.shape[0],))
+
+    @property
+    def scaled(self) -> Tensor:
+        """The pixels as the nets read them: float32 [B, C, H, W] in [-1, 1]."""
+        return self.pixels.float() / 127.5 - 1.0
 
 
 @dataclass(eq=False)

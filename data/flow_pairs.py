@@ -10,7 +10,6 @@ Shape letters: B batch, N codes of an image, D code width, V codes of the codebo
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,12 +21,13 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from draftsmith.data.batches import PADDING, CodeBatch
-from draftsmith.data.image_tokens import load_tokenizer
 from draftsmith.data.stateful_loader import StatefulLoader
 from draftsmith.inference.couplings import target_fingerprint
 from draftsmith.inference.errors import InvalidValue
 from draftsmith.inference.flow_matching import DiracMixture
+from draftsmith.inference.flow_noise import noise
 from draftsmith.inference.image_law import ImageLaw
+from draftsmith.inference.load_image import load_tokenizer
 from draftsmith.inference.loader import load
 from draftsmith.inference.nets.image_ar import ImageAR
 from draftsmith.inference.nets.image_tokenizer import ImageTokenizer
@@ -36,23 +36,7 @@ from draftsmith.inference.sampling import SamplingParams
 
 STEPS = 20  # midpoint steps, 40 evaluations of the field: exact by chi-square (tests)
 _HELD_OUT = 1 << 40  # number of the first validation pair
-_RADIUS, _ANGLE, _CLASS = (int(Stream.DATA) + NUM_STREAMS * i for i in (2, 3, 4))
-
-
-def noise(seed: int, numbers: Tensor, tokens: int, width: int) -> Tensor:
-    """Standard normal float32 [B, N, D] of the pairs `numbers` int64 [B]: Box-Muller on counter uniforms.
-
-    Equal on every machine up to the last bit of log, cos and sin; `checksum` guards stored pairs.
-    """
-    at = torch.arange(tokens * width, device=numbers.device)
-    keys = key(seed, numbers, numbers.device).unsqueeze(1)
-
-    def draw(stream: int) -> Tensor:
-        return uniform_from(keys, at, torch.tensor(stream, device=numbers.device))
-
-    radius = (-2.0 * torch.log1p(-draw(_RADIUS))).sqrt()  # 1 - u lies in (0, 1]
-    normal = radius * (2.0 * math.pi * draw(_ANGLE)).cos()
-    return normal.float().view(len(numbers), tokens, width)
+_CLASS = int(Stream.DATA) + 4 * NUM_STREAMS
 
 
 def classes(seed: int, numbers: Tensor, num_classes: int) -> Tensor:
@@ -179,6 +163,11 @@ class FlowPairsDataModule(LightningDataModule):
         kept = ("guidance", "temperature", "top_k", "top_p", "steps", "seed")
         made = {name: getattr(self.pairs, name) for name in kept}
         return {**made, "teacher": target_fingerprint(Path(self.pairs.teacher)), "tokenizer": self._tokenizer[1]}
+
+    @property
+    def rows(self) -> int:
+        """Of a batch, per rank."""
+        return self.pairs.batch_size
 
     def data_fingerprint(self) -> str:
         return hashlib.sha256(json.dumps(self.pairs_made_with, sort_keys=True).encode()).hexdigest()[:16]

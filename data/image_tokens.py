@@ -18,11 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from draftsmith.data.batches import PADDING, CodeBatch
-from draftsmith.data.images import DEFAULT_IMAGES, AugmentedImages, ImageDataModule, ImagesConfig, scaled
+from draftsmith.data.images import DEFAULT_IMAGES, AugmentedImages, ImageDataModule, ImagesConfig
 from draftsmith.data.stateful_loader import MapSource
-from draftsmith.inference.checkpoint import sha256, weight_files
 from draftsmith.inference.errors import InvalidValue
-from draftsmith.inference.loader import load
+from draftsmith.inference.load_image import load_tokenizer
 from draftsmith.inference.nets.image_tokenizer import ImageTokenizer
 
 _CHUNK = 512  # images that go through the tokenizer at once
@@ -43,25 +42,11 @@ class TokensConfig:
             raise InvalidValue(f"tokens.keep_below must be 0 or more, got {self.keep_below}")
 
 
-def load_tokenizer(directory: str | Path) -> tuple[ImageTokenizer, str]:
-    """(the frozen tokenizer, the hash of its weights). Raises InvalidValue for an export of another kind."""
-    part = load(directory)
-    net = part.part
-    if not isinstance(net, ImageTokenizer):
-        raise InvalidValue(f"{directory} is of kind {part.kind!r}: give an export of kind 'image-tokenizer'")
-    return net, tokenizer_hash(Path(directory))
-
-
-def tokenizer_hash(directory: Path) -> str:
-    """What a model's config and pairs remember of their tokenizer: the sha256 of its weights."""
-    return hashlib.sha256("".join(sha256(file) for file in weight_files(directory)).encode()).hexdigest()
-
-
 @torch.inference_mode()
 def tokenize(tokenizer: ImageTokenizer, source: AugmentedImages, indices: Sequence[int]) -> CodeBatch:
     """The images of these indices as codes; an index PADDING gives codes 0."""
     batch = source.fetch(indices)
-    codes = [tokenizer.encode(scaled(part)) for part in torch.split(batch.pixels, _CHUNK)]
+    codes = [tokenizer.encode(part) for part in torch.split(batch.scaled, _CHUNK)]
     return CodeBatch(torch.cat(codes).int(), batch.classes, batch.sample_id)
 
 

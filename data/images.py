@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
-from torch import Tensor
 
 from draftsmith.data.batches import PADDING, ImageBatch
 from draftsmith.data.stateful_loader import MapSource, StatefulLoader, permutation
@@ -66,11 +65,6 @@ class ImagesConfig:
 
 
 DEFAULT_IMAGES = ImagesConfig()
-
-
-def scaled(pixels: Tensor) -> Tensor:
-    """uint8 pixels as the nets read them: float32 in [-1, 1]."""
-    return pixels.float() / 127.5 - 1.0
 
 
 class Images(Protocol):
@@ -321,6 +315,11 @@ class ImageDataModule(LightningDataModule):
     @property
     def num_classes(self) -> int:
         return self.split[0].num_classes
+
+    @property
+    def rows(self) -> int:
+        """Of a batch, per rank."""
+        return self.images.batch_size
 
     def data_fingerprint(self) -> str:
         """Of the training images, augmentation included."""

@@ -63,7 +63,7 @@ class Progress:
 class ImageLaw:
     """An image model with its sampling options.
 
-    guidance: w; None is without (the raster model's 1, the next-scale model's 0: their formulas differ). until: guidance
+    guidance: w; None: without (the raster model's 1, the next-scale model's 0: their formulas differ). until: guidance
     stops at this group (LlamaGen's cfg_interval); None never.
     Raises InvalidValue for guidance below 0, penalties, and top_k above the codebook.
     """

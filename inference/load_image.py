@@ -1,10 +1,13 @@
 """Exports of kinds "image-tokenizer", "image-ar" and "distilled-decoder" become the nets that they trained as."""
 
+import hashlib
 from pathlib import Path
 
 import torch
 
+from draftsmith.inference.checkpoint import sha256, weight_files
 from draftsmith.inference.errors import InvalidValue
+from draftsmith.inference.loader import load
 from draftsmith.inference.nets.distilled import DistilledConfig, DistilledDecoder
 from draftsmith.inference.nets.image_ar import ImageAR, ImageARConfig
 from draftsmith.inference.nets.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
@@ -33,6 +36,20 @@ def load_distilled(
     """Raises InvalidValue, one line, for files that are not those of one distilled decoder."""
     _native(engine)
     return read_net(Path(path), DistilledDecoder, DistilledConfig, dtype=dtype, device=device)
+
+
+def load_tokenizer(directory: str | Path) -> tuple[ImageTokenizer, str]:
+    """(the frozen tokenizer, the hash of its weights). Raises InvalidValue for an export of another kind."""
+    part = load(directory)
+    net = part.part
+    if not isinstance(net, ImageTokenizer):
+        raise InvalidValue(f"{directory} is of kind {part.kind!r}: give an export of kind 'image-tokenizer'")
+    return net, tokenizer_hash(Path(directory))
+
+
+def tokenizer_hash(directory: Path) -> str:
+    """What a model's config and pairs remember of their tokenizer: the sha256 of its weights."""
+    return hashlib.sha256("".join(sha256(file) for file in weight_files(directory)).encode()).hexdigest()
 
 
 def _native(engine: str) -> None:

@@ -16,8 +16,8 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from draftsmith.data.batches import CodeBatch
-from draftsmith.data.flow_pairs import noise
 from draftsmith.inference.errors import InvalidValue
+from draftsmith.inference.flow_noise import noise
 from draftsmith.inference.loader import load
 from draftsmith.inference.nets.config_json import read_config
 from draftsmith.inference.nets.distilled import DistilledConfig, DistilledDecoder
@@ -97,11 +97,25 @@ class DistilledPart(LearnedPart):
         self.net: DistilledDecoder | None = None
         self.val_loss, self.val_match = MeanMetric(), MeanMetric()
 
+    def build(self) -> DistilledDecoder:
+        return DistilledDecoder(self.config)
+
+    @property
+    def positions(self) -> int:
+        return self.config.num_tokens
+
+    def plan_batch(self, rows: int) -> CodeBatch:
+        integers = torch.empty(rows, dtype=torch.int64, device="meta")
+        return CodeBatch(torch.empty(rows, self.positions, dtype=torch.int32, device="meta"), integers, integers)
+
+    def plan_loss(self, batch: CodeBatch) -> Tensor:
+        return self.loss(batch.codes.long(), batch.classes, batch.sample_id, torch.zeros_like(batch.classes)).total
+
     def configure_model(self) -> None:
-        """Build the network (once), inside the strategy's context."""
+        """Build the network (once), with the tokenizer's codebook and, if asked, the teacher's layers."""
         if self.net is not None:
             return
-        self.net = DistilledDecoder(self.config)
+        self.net = self.build()
         if self.init_from_teacher:
             teacher = load(self.teacher_dir).part
             if not isinstance(teacher, ImageAR):

@@ -50,10 +50,19 @@ class ImageARPart(LearnedPart):
         self.net: ImageAR | None = None
         self.val_mean = MeanMetric()
 
-    def configure_model(self) -> None:
-        """Build the network (once), inside the strategy's context."""
-        if self.net is None:
-            self.net = ImageAR(self.config)
+    def build(self) -> ImageAR:
+        return ImageAR(self.config)
+
+    @property
+    def positions(self) -> int:
+        return self.config.num_tokens
+
+    def plan_batch(self, rows: int) -> CodeBatch:
+        integers = torch.empty(rows, dtype=torch.int64, device="meta")
+        return CodeBatch(torch.empty(rows, self.positions, dtype=torch.int32, device="meta"), integers, integers)
+
+    def plan_loss(self, batch: CodeBatch) -> Tensor:
+        return self.loss(batch.codes.long(), batch.classes).total
 
     def configure_optimizers(self) -> Any:
         return build_optimizer(self.named_parameters(), self.optim, self.trainer.estimated_stepping_batches)

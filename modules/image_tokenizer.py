@@ -17,7 +17,6 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from draftsmith.data.batches import ImageBatch
-from draftsmith.data.images import scaled
 from draftsmith.inference.errors import InvalidValue
 from draftsmith.inference.nets.config_json import read_config
 from draftsmith.inference.nets.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, Quantized
@@ -116,10 +115,20 @@ class ImageTokenizerPart(LearnedPart):
         self.val_means = TokenizerMeans(self.config.codes)
         self.register_buffer("uses", torch.zeros(self.config.codes, dtype=torch.int64))  # since codes last started anew
 
-    def configure_model(self) -> None:
-        """Build the network (once), inside the strategy's context."""
-        if self.net is None:
-            self.net = ImageTokenizer(self.config)
+    def build(self) -> ImageTokenizer:
+        return ImageTokenizer(self.config)
+
+    @property
+    def positions(self) -> int:
+        return self.config.channels * self.config.resolution**2
+
+    def plan_batch(self, rows: int) -> ImageBatch:
+        side, integers = self.config.resolution, torch.empty(rows, dtype=torch.int64, device="meta")
+        pixels = torch.empty(rows, self.config.channels, side, side, dtype=torch.uint8, device="meta")
+        return ImageBatch(pixels, integers, integers)
+
+    def plan_loss(self, batch: ImageBatch) -> Tensor:
+        return self.losses(batch.scaled.to(self._built().codebook.dtype))[0].sum()
 
     def configure_optimizers(self) -> Any:
         return build_optimizer(self.named_parameters(), self.optim, self.trainer.estimated_stepping_batches)
@@ -131,7 +140,7 @@ class ImageTokenizerPart(LearnedPart):
         return error + found.codebook + self.codebook.commitment * found.commitment, made, found
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
-        images = scaled(batch.pixels)
+        images = batch.scaled
         self._revive(images)
         loss, _, found = self.losses(images)
         self.uses += found.codes.flatten().bincount(minlength=len(self.uses))
@@ -159,7 +168,7 @@ class ImageTokenizerPart(LearnedPart):
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
         real = batch.sample_id >= 0
-        images = scaled(batch.pixels[real])
+        images = batch.scaled[real]
         if len(images):
             made, found = self._built()(images)
             self.val_means.update(images, made, found.codes)

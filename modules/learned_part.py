@@ -5,6 +5,7 @@ the number of ranks does not change the training. A step whose loss is not finit
 """
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
@@ -12,6 +13,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from draftsmith.data.batches import Batch
 from draftsmith.inference import manifest
 from draftsmith.inference.errors import InvalidState
 from draftsmith.modules.export_spec import ExportSpec
@@ -20,8 +22,10 @@ from draftsmith.modules.optim import FiniteGuard, spoilt
 _META = "draftsmith"  # key of our own entry in a checkpoint
 
 
-class LearnedPart(pl.LightningModule):
+class LearnedPart(pl.LightningModule, ABC):
     """Base of the modules that train a net of ours (`self.net`, built in `configure_model`)."""
+
+    net: Any
 
     DEFINITIONS: ClassVar[Mapping[str, str]] = {}  # of the metrics that go into the manifest
 
@@ -30,6 +34,30 @@ class LearnedPart(pl.LightningModule):
         self._finite = FiniteGuard()
         self._skip = False
         self._meta: dict[str, Any] = {}  # what the export needs to know of the data; travels in the checkpoint
+
+    # --- what `draftsmith plan` asks: nothing here reads a file or data
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """The network, fresh; what it starts from is read in `configure_model`."""
+
+    @abstractmethod
+    def plan_batch(self, rows: int) -> Batch:
+        """A full micro batch of so many rows on the meta device."""
+
+    @abstractmethod
+    def plan_loss(self, batch: Any) -> Tensor:
+        """The loss of such a batch."""
+
+    @property
+    @abstractmethod
+    def positions(self) -> int:
+        """Positions of a row that the loss looks at: tokens, codes, pixels."""
+
+    def configure_model(self) -> None:
+        """Build the network (once), inside the strategy's context, so that sharding strategies shard at birth."""
+        if self.net is None:
+            self.net = self.build()
 
     @property
     def step_number(self) -> int:

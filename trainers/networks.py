@@ -16,6 +16,7 @@ from draftsmith.modules.eagle_target import EagleTarget
 from draftsmith.modules.emo_lm import EMOLM
 from draftsmith.modules.hf_model import DTYPES, HFModel, head_rows, refuse_changed_logits
 from draftsmith.modules.learn2pd_filter import Learn2PDFilter
+from draftsmith.modules.learned_part import LearnedPart
 from draftsmith.modules.lm import LM
 from draftsmith.modules.losses.costs import TokenCosts
 from draftsmith.modules.masked_lm import MaskedDiffusion
@@ -80,6 +81,10 @@ def without_weights(module: pl.LightningModule) -> dict[str, nn.Module]:
         else:
             module.configure_model()
         return {"net.": module._built()}
+    if isinstance(module, LearnedPart):
+        with torch.device("meta"):
+            module.net = module.build()
+        return {"net.": module.net}
     if isinstance(module, OWN_NETS):
         with torch.device("meta"):
             module.configure_model()

@@ -18,6 +18,7 @@ from draftsmith.modules.any_subset_lm import AnySubset
 from draftsmith.modules.eagle_drafter import EagleDrafter
 from draftsmith.modules.hf_model import DTYPES, HFModel
 from draftsmith.modules.learn2pd_filter import Learn2PDFilter
+from draftsmith.modules.learned_part import LearnedPart
 from draftsmith.modules.lm import LM
 from draftsmith.modules.masked_lm import MaskedDiffusion, corrupt
 from draftsmith.modules.osd_drafter import OSDDrafter
@@ -85,6 +86,8 @@ def trace_batch(subject: Subject, dtype: torch.dtype | None, device: str) -> Ste
 
     def loss() -> Tensor:
         batch = meta_batch(subject)
+        if isinstance(module, LearnedPart):
+            return module.plan_loss(batch)
         if isinstance(batch, OnlineBatch):
             assert isinstance(module, OSDDrafter)
             return module.online_loss(batch).total
@@ -113,9 +116,11 @@ def trace_batch(subject: Subject, dtype: torch.dtype | None, device: str) -> Ste
     return trace_step(loss, trained, [*held, *([] if teacher is None else teacher.buffers())], device)
 
 
-def meta_batch(subject: Subject) -> TokenBatch | OnlineBatch | CanvasBatch | TraceBatch:
+def meta_batch(subject: Subject) -> Any:
     """A full micro batch of the config, without data. Raises InvalidType for data that is not known here."""
     data = subject.data
+    if isinstance(subject.module, LearnedPart):
+        return subject.module.plan_batch(data.rows)
     if isinstance(subject.module, MaskedDiffusion):
         rows, length = _canvases(subject)
         return CanvasBatch(_meta(rows, length), *(_meta(rows) for _ in range(4)))
@@ -179,6 +184,8 @@ def _meta(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
 def tokens_per_step(subject: Subject, world_size: int) -> int:
     """Of an optimizer step, over all ranks; of served requests at most (every answer at full length)."""
     data, accumulate = subject.data, int(subject.trainer.accumulate_grad_batches)
+    if isinstance(subject.module, LearnedPart):
+        return data.rows * subject.module.positions * accumulate * world_size
     if isinstance(data, TextDataModule):
         return data.text.batch_size * data.text.length * accumulate * world_size
     if isinstance(subject.module, MaskedDiffusion):

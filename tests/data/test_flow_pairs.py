@@ -6,8 +6,9 @@ from scipy.stats import chisquare, kstest
 from torch import Tensor
 
 from draftsmith.data.batches import PADDING
-from draftsmith.data.flow_pairs import LivePairs, PairsConfig, carry, classes, noise
+from draftsmith.data.flow_pairs import LivePairs, PairsConfig, carry, classes
 from draftsmith.inference.errors import InvalidValue
+from draftsmith.inference.flow_noise import noise
 from draftsmith.inference.image_law import ImageLaw
 from draftsmith.inference.sampling import SamplingParams
 from tests import images

@@ -79,8 +79,8 @@ def test_a_shipped_config_is_planned(place: Path, capsys: pytest.CaptureFixture[
         assert row["phases"]["forward"]["activations"] > 0 and row["peak"] > sum(row["always"].values())
     trained = sum(count for net, count in plan["parameters"].items() if net.startswith("net"))
     assert plan["checkpoint_bytes"] in (12 * trained, 14 * trained)
-    alone = name.startswith(("lm/", "masked_lm/", "any_subset/", "emo/", "demo/target", "demo/draft"))
-    held = None if alone else 2 * V * D if name == "eagle/cached" else target_count()
+    beside_target = name.startswith(("osd/", "eagle/", "demo/online", "demo/offline"))
+    held = None if not beside_target else 2 * V * D if name == "eagle/cached" else target_count()
     assert plan["parameters"].get("teacher", plan["parameters"].get("served target")) == held
     if plan["world_size"] > 1:
         assert always(plan, 3)["weights"] < always(plan, 0)["weights"]
