@@ -1,6 +1,6 @@
 """Every way of drafting on one trained pair: tokens per target call and tokens/s, after a forecast from other prompts.
 
-Run from the repository's root, alone on the machine, after `draftsmith demo` (about twelve minutes the first time):
+Run from the repository's root, alone on the machine, after `draftsmith demo` (about twenty minutes the first time):
 
     python -m benchmarks.drafters --demo runs/demo --place runs/drafters --json drafters.json
 
@@ -8,14 +8,17 @@ The pair is the demo's target and its online-distilled draft. What else drafts i
 the same text: an EAGLE-3 head, Medusa heads, an n-gram table of the target's own samples, and the acceptance tables of
 DySpec and Sequoia. All rows decode the same prompts in one process, interleaved; the forecast of each row comes from
 other prompts and is frozen before anything is timed.
+
+The table is made part by part (`PARTS`), each of them in two steps that are kept in PLACE/parts: what was interrupted
+goes on where it stopped, and a forecast is on the disk before its measurement begins.
 """
 
 import argparse
+import functools
+import itertools
 import json
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +47,9 @@ HEADS = 4  # of Medusa
 MEDUSA_STEPS = 300
 TEMPERATURES = (0.0, 1.0)
 BATCHES = (1, 8)
+GSM8K = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k_train.jsonl"  # beside the repository, or not
+ON_GSM8K = ("plain", "speculative", "block", "sequoia", "eagle_chain", "aded", "prompt_lookup", "suffix")
+SPARE = 16  # prompts beyond those needed, since some come twice
 CHAIN = "speculative"  # the row that trees are measured against
 
 
@@ -60,14 +66,51 @@ class Row:
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is trained and measured; the defaults are what is recorded."""
+    """How much is trained and measured; the defaults are what is recorded.
+
+    Every repetition decodes prompts of its own. How much a lookup gains differs by half from prompt to prompt, and in a
+    batch the slowest row sets the pace: with eight prompts on either side the forecast of such a row was off by 17%,
+    with these numbers the prompts leave a standard error of about 5%.
+    """
 
     eagle_steps: int = 400
     samples: int = 300  # of the target, for the n-gram table
     calibration: int = 48  # requests decoded for the acceptance tables of DySpec and Sequoia
-    prompts: int = 16  # half of them make the forecasts
     tokens: int = 48
     repetitions: int = bench.ENOUGH
+    prompts: tuple[tuple[int, int], ...] = ((1, 8), (8, 16))  # batch -> of one repetition, new ones each time
+    pilot: tuple[tuple[int, int], ...] = ((1, 5), (8, 6))  # batch -> repetitions of the forecast
+
+    @property
+    def most(self) -> int:
+        """Prompts on either side: for the forecasts, and for the measurements."""
+        return max(n for _, n in self.prompts) * max(self.repetitions, *(n for _, n in self.pilot))
+
+
+@dataclass(frozen=True)
+class Part:
+    """One table: all rows at one temperature and batch, on one kind of prompts."""
+
+    temperature: float
+    batch: int
+    text: str = "stdlib"  # what the target was trained on; or "GSM8K", which it never saw
+
+    @property
+    def label(self) -> str:
+        """How figures call it."""
+        where = f"{'greedy' if self.temperature == 0 else 'T = 1'}, batch {self.batch}"
+        return where if self.text == "stdlib" else f"{self.text}, {where}"
+
+    @property
+    def name(self) -> str:
+        """As part of a file's name."""
+        return f"{self.text}-{self.temperature:g}-{self.batch}"
+
+
+PARTS = (
+    *(Part(temperature, batch) for batch in BATCHES for temperature in TEMPERATURES),
+    *(Part(temperature, 1, "GSM8K") for temperature in TEMPERATURES),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,37 +119,105 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--place", type=Path, default=Path("runs/drafters"), help="where what is trained here is kept")
     made.add_argument("--json", type=Path, required=True)
     given = made.parse_args(argv)
-    given.json.write_text(json.dumps(run(given.demo, given.place, Effort()), indent=1) + "\n", encoding="utf-8")
+    commit = git(Path.cwd(), "rev-parse", "HEAD")
+    table = Table(given.demo, given.place, Effort(), commit or "no repository")
+    report = {
+        "versions": versions(),
+        "machine": machine(),
+        "commit": commit,
+        "runs": [table.run(part) for part in table.parts],
+    }
+    given.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
-def run(
-    demo: Path, place: Path, effort: Effort, each: Callable[[dict[str, Any]], None] = lambda part: None
-) -> dict[str, Any]:
-    """Make what is missing in `place`, forecast, measure; the report. each: gets every part as soon as it is there."""
-    target, draft = demo / "exports" / "target", demo / "exports" / "draft"
-    place.mkdir(parents=True, exist_ok=True)
-    prepare(target, draft, place, effort)
-    engines = load(target).part, load(draft).part
-    every = prompts(target, effort)
-    held_out, measured = every[: len(every) // 2], every[len(every) // 2 :]
-    report: dict[str, Any] = {
-        "versions": versions(),
-        "machine": machine(),
-        "commit": git(Path.cwd(), "rev-parse", "HEAD"),
-        "forecast_prompts": len(held_out),
-        "measured_prompts": len(measured),
-        "runs": [],
-    }
-    for batch in BATCHES:
-        for temperature in TEMPERATURES:
-            settings = BenchSettings(
-                max_new_tokens=effort.tokens, batches=(batch,), temperature=temperature, repetitions=effort.repetitions
-            )
-            rows = table(place, *engines, temperature)
-            report["runs"].append(measure(target, draft, engines, rows, held_out, measured, settings, batch))
-            each(report["runs"][-1])
-    return report
+class Table:
+    """The table of one pair; its parts are made when they are asked for, and kept."""
+
+    def __init__(self, demo: Path, place: Path, effort: Effort, stamp: str) -> None:
+        """stamp: of the code that is measured; parts that were kept under another one are made anew."""
+        self.target, self.draft = demo / "exports" / "target", demo / "exports" / "draft"
+        self.place, self.effort, self.stamp = place, effort, stamp
+        place.mkdir(parents=True, exist_ok=True)
+        prepare(self.target, self.draft, place, effort)
+
+    @property
+    def parts(self) -> list[Part]:
+        """What can be made here: GSM8K may not be at hand."""
+        return [part for part in PARTS if part.text == "stdlib" or GSM8K.is_file()]
+
+    @functools.cached_property
+    def engines(self) -> tuple[Engine, Engine]:
+        return load(self.target).part, load(self.draft).part
+
+    def run(self, part: Part) -> dict[str, Any]:
+        """Forecast, then measure, what is not there yet."""
+        predicted = self._kept(f"forecast-{part.name}", lambda: {"forecast": self._forecast(part)})
+        return self._kept(f"measured-{part.name}", lambda: self._measure(part) | predicted)
+
+    def _kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        file = self.place / "parts" / f"{name}.json"
+        if file.is_file():
+            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            if found["stamp"] == self.stamp:
+                return found
+        made = {**make(), "stamp": self.stamp}
+        file.parent.mkdir(exist_ok=True)
+        beside = file.with_suffix(".tmp")
+        beside.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+        beside.replace(file)
+        return made
+
+    def _settings(self, part: Part, repetitions: int) -> BenchSettings:
+        return BenchSettings(
+            max_new_tokens=self.effort.tokens,
+            batches=(part.batch,),
+            temperature=part.temperature,
+            repetitions=repetitions,
+        )
+
+    def contestants(self, part: Part) -> list[Contestant]:
+        """Our rows."""
+        seed = self._settings(part, 1).seed
+        return [
+            Contestant(row.name, row.label, False, decode_of(row, self.engines[0], part.temperature, seed))
+            for row in rows_of(self.place, *self.engines, part.temperature)
+            if part.text == "stdlib" or row.name in ON_GSM8K
+        ]
+
+    def prompts(self, part: Part) -> tuple[list[Prompt], list[Prompt]]:
+        """(held out for the forecast, measured): neighbours in the text, two of one and two of the other."""
+        count = 2 * self.effort.most + SPARE
+        every = prompts(self.target, count, self.effort) if part.text == "stdlib" else questions(self.target, count)
+        every = list({prompt.ids: prompt for prompt in every}.values())  # files may begin alike
+        held_out, measured = ([prompt for i, prompt in enumerate(every) if i // 2 % 2 == side] for side in (0, 1))
+        size = dict(self.effort.prompts)[part.batch]
+        return held_out[: size * dict(self.effort.pilot)[part.batch]], measured[: size * self.effort.repetitions]
+
+    def _forecast(self, part: Part) -> dict[str, dict[str, float]]:
+        settings = self._settings(part, dict(self.effort.pilot)[part.batch])
+        return bench.pilot(Parts(*self.engines), self.prompts(part)[0], settings, part.batch, self.contestants(part))
+
+    def _measure(self, part: Part) -> dict[str, Any]:
+        settings = self._settings(part, self.effort.repetitions)
+        peers = TransformersPeers(
+            self.target, self.draft, dtype=self.engines[0].dtype, temperature=part.temperature, g=settings.g
+        )
+        table = self.contestants(part) + [
+            Contestant(name, peers.label(name), True, bench.peer(peers, name))
+            for name in PEERS
+            if peers.why_not(name, part.batch) is None
+        ]
+        block = bench.measure_batch(
+            Parts(*self.engines),
+            self.prompts(part)[1],
+            settings,
+            part.batch,
+            table,
+            lambda share, what: print(what, file=sys.stderr),
+            fresh=True,
+        )
+        return {"temperature": part.temperature, "text": part.text, **block}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -123,15 +234,23 @@ def corpus() -> CorpusConfig:
     return CorpusConfig(sources=("stdlib",), val_fraction=0.12)
 
 
-def prompts(target: Path, effort: Effort) -> list[Prompt]:
-    """Validation prompts of both domains that the demo's traffic did not hold."""
+def prompts(target: Path, count: int, effort: Effort) -> list[Prompt]:
+    """Validation prompts of both domains, in turn, that the demo's traffic did not hold."""
     data = TextDataModule(corpus(), TextConfig(tokenizer=str(target), length=128, batch_size=8))
     data.prepare_data()
     data.setup("fit")
     used = 330  # per domain, by the demo
-    half = effort.prompts // 2
+    half = count // 2
     found = {tag: data.prompts(used + half, 24, effort.tokens, tag=tag)[used:] for tag in ("code", "prose")}
     return [Prompt(tuple(r.prompt), tag) for i in range(half) for tag, rs in found.items() for r in (rs[i],)]
+
+
+def questions(target: Path, count: int) -> list[Prompt]:
+    """How the first questions of GSM8K begin."""
+    tokenizer = load(target).tokenizer
+    with GSM8K.open(encoding="utf-8") as lines:
+        ids = (tokenizer(json.loads(line)["question"])["input_ids"] for line in lines)
+        return [Prompt(tuple(row[:24]), "math") for row in itertools.islice((r for r in ids if len(r) >= 24), count)]
 
 
 def prepare(target: Path, draft: Path, place: Path, effort: Effort) -> None:
@@ -197,7 +316,7 @@ def train_medusa(target: Path) -> MedusaHeads:
 # The table
 
 
-def table(place: Path, target: Engine, draft: Engine, temperature: float) -> list[Row]:
+def rows_of(place: Path, target: Engine, draft: Engine, temperature: float) -> list[Row]:
     """The rows, in the order of the report."""
     calibrated = {"calibration": str(calibration(place, temperature))}
     eagle = load(place / "eagle").part
@@ -240,64 +359,6 @@ def decode_of(row: Row, target: Engine, temperature: float, seed: int) -> Decode
         return result.output, result.rounds
 
     return decode
-
-
-def measure(
-    target: Path,
-    draft: Path,
-    engines: tuple[Engine, Engine],
-    rows: Sequence[Row],
-    held_out: Sequence[Prompt],
-    measured: Sequence[Prompt],
-    settings: BenchSettings,
-    batch: int,
-) -> dict[str, Any]:
-    """One temperature and batch: the forecast of every row, then all rows and transformers' own, interleaved."""
-    temperature = settings.temperature
-    contestants = [
-        Contestant(row.name, row.label, False, decode_of(row, engines[0], temperature, settings.seed)) for row in rows
-    ]
-    predicted = {c.name: forecast(c.decode, contestants[0].decode, held_out, settings, batch) for c in contestants}
-    peers = TransformersPeers(target, draft, dtype=engines[0].dtype, temperature=temperature, g=settings.g)
-    contestants += [
-        Contestant(name, peers.label(name), True, bench.peer(peers, name))
-        for name in PEERS
-        if peers.why_not(name, batch) is None
-    ]
-    block = bench.measure_batch(
-        Parts(*engines), measured, settings, batch, contestants, lambda share, what: print(what, file=sys.stderr)
-    )
-    return {"temperature": temperature, "forecast": predicted, **block}
-
-
-def forecast(
-    decode: Decode, plain: Decode, held_out: Sequence[Prompt], settings: BenchSettings, batch: int, turns: int = 2
-) -> dict[str, float]:
-    """Tokens per round, and tokens/s over plain decoding's, both on the held-out prompts: the pilot of a row."""
-    chunks = [[held_out[(i + j) % len(held_out)] for j in range(batch)] for i in range(0, len(held_out), batch)]
-    rates: dict[str, list[float]] = {"row": [], "plain": []}
-    committed: list[int] = []
-    for turn in range(turns + 1):  # the first one warms up
-        tokens = dict.fromkeys(rates, 0)
-        spent = dict.fromkeys(rates, 0.0)
-        for i, chunk in enumerate(chunks):
-            first = 10_000 + (turn * len(chunks) + i) * batch
-            requests = [
-                TokenRequest(p.ids, settings.max_new_tokens, row_id=first + j, tag=p.tag) for j, p in enumerate(chunk)
-            ]
-            for name, run_it in (("row", decode), ("plain", plain)):
-                begin = time.perf_counter()
-                output, stats = run_it(requests, settings.seed)
-                spent[name] += time.perf_counter() - begin
-                tokens[name] += sum(map(len, output))
-                if name == "row" and turn:
-                    assert stats is not None
-                    committed += stats.committed
-        if turn:
-            for name in rates:
-                rates[name].append(tokens[name] / spent[name])
-    speedup = statistics.median(row / plain for row, plain in zip(rates["row"], rates["plain"], strict=True))
-    return {"tau": statistics.fmean(committed), "speedup": speedup}
 
 
 if __name__ == "__main__":

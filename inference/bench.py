@@ -19,7 +19,7 @@ from draftsmith.inference.drafters.model import ModelDrafter
 from draftsmith.inference.engine import Engine
 from draftsmith.inference.errors import InvalidValue
 from draftsmith.inference.forecast import forecast
-from draftsmith.inference.metrics import Estimate, median_estimate, summarize, summarize_by_tag
+from draftsmith.inference.metrics import Estimate, median_estimate, ratio_estimate, summarize, summarize_by_tag
 from draftsmith.inference.peers import PEERS, TransformersPeers, quiet
 from draftsmith.inference.requests import RoundStats, TokenRequest
 from draftsmith.inference.sampling import SamplingParams
@@ -213,19 +213,27 @@ def measure_batch(
     batch: int,
     table: Sequence[Contestant],
     tell: Progress,
+    *,
+    fresh: bool = False,
 ) -> dict[str, Any]:
-    """Time every row on every prompt, `repetitions` times, interleaved and in rotated order; JSON-ready."""
-    chunks = _chunks(prompts, batch)
+    """Time every row on every prompt, `repetitions` times, interleaved and in rotated order; JSON-ready.
+
+    fresh: every repetition takes its own share of the prompts instead, so that as much time measures many more of them
+    and the intervals hold what prompts differ by; figures are then of all repetitions together, not medians.
+    Raises InvalidValue for fewer prompts than repetitions then.
+    """
     repetitions = settings.repetitions
+    shares = [_chunks(share, batch) for share in (_shares(prompts, repetitions) if fresh else [prompts])]
     seconds = {row.name: [0.0] * repetitions for row in table}
     tokens = {row.name: [0] * repetitions for row in table}
-    outputs: dict[str, list[list[int]]] = {row.name: [] for row in table}  # of repetition 0
-    rounds = {row.name: RoundStats() for row in table}  # of repetition 0
+    outputs: dict[str, list[list[int]]] = {row.name: [] for row in table}  # of each share's first repetition
+    rounds = {row.name: RoundStats() for row in table}  # the same
     with quiet():
         for row in table:
             tell(0.0, f"batch {batch}: warm-up of {row.label}")
-            row.decode(_requests(chunks[0], settings, parts.stop_ids, 0, most=8), settings.seed)
+            row.decode(_requests(shares[0][0], settings, parts.stop_ids, 0, most=8), settings.seed)
         for r in range(repetitions):
+            chunks = shares[r % len(shares)]
             for j, chunk in enumerate(chunks):
                 first_row = (r * len(chunks) + j) * batch
                 requests = _requests(chunk, settings, parts.stop_ids, first_row)
@@ -237,15 +245,24 @@ def measure_batch(
                     _wait(parts.target)
                     seconds[row.name][r] += time.perf_counter() - start
                     tokens[row.name][r] += sum(len(new) for new in output)
-                    if r == 0:
-                        outputs[row.name] += output
+                    if r < len(shares):
                         if stats is not None:
-                            rounds[row.name].extend(stats, row_offset=j * batch)
+                            rounds[row.name].extend(stats, row_offset=len(outputs[row.name]))
+                        outputs[row.name] += output
                 tell((r + (j + 1) / len(chunks)) / repetitions, f"batch {batch}: repetition {r + 1} of {repetitions}")
     rows = []
-    flat = [prompt for chunk in chunks for prompt in chunk]
+    flat = [prompt for chunks in shares for chunk in chunks for prompt in chunk]
+    plain = _rates(tokens["plain"], seconds["plain"])
     for row in table:
         speed = _rates(tokens[row.name], seconds[row.name])
+        if fresh:  # repetitions differ by their prompts: all of them together, not the middle one
+            spent = torch.tensor(seconds[row.name], dtype=torch.float64)
+            rate = ratio_estimate(speed * spent, spent, seed=settings.seed)
+            gain = ratio_estimate(speed * spent / plain, spent, seed=settings.seed)  # seconds that plain would take
+            assert rate is not None and gain is not None  # time passed
+        else:
+            rate = median_estimate(speed, seed=settings.seed)
+            gain = median_estimate(speed / plain, seed=settings.seed)
         entry: dict[str, Any] = {
             "name": row.name,
             "label": row.label,
@@ -253,10 +270,8 @@ def measure_batch(
             "offered": True,
             "seconds": seconds[row.name],
             "tokens": tokens[row.name],
-            "tokens_per_second": _json(median_estimate(speed, seed=settings.seed)),
-            "speedup_vs_plain": _json(
-                median_estimate(speed / _rates(tokens["plain"], seconds["plain"]), seed=settings.seed)
-            ),
+            "tokens_per_second": _json(rate),
+            "speedup_vs_plain": _json(gain),
             "acceptance": None,
             "mean_draft_length": None,
         }
@@ -272,6 +287,23 @@ def measure_batch(
             entry["same_as_plain"] = compare(parts.target, flat, outputs["plain"], outputs[row.name])
         rows.append(entry)
     return {"batch": batch, "requests": len(flat), "distinct_prompts": len(prompts), "rows": rows}
+
+
+def pilot(
+    parts: Parts, held_out: Sequence[Prompt], settings: BenchSettings, batch: int, table: Sequence[Contestant]
+) -> dict[str, dict[str, float]]:
+    """The forecast of any decoder: tokens per target call and speed-up over plain, row by row, on other prompts.
+
+    Each of the `repetitions` takes its own prompts, at least `batch` of them: decoders that copy from their own text
+    gain much on a few prompts and nothing on most, so the number of prompts is what makes such a forecast good, and
+    in a batch the slowest row sets the pace. The statistic is that of a measurement on fresh prompts.
+    table: our rows, `plain` among them.
+    """
+    block = measure_batch(parts, held_out, settings, batch, table, lambda share, what: None, fresh=True)
+    return {
+        row["name"]: {"tau": row["acceptance"]["tau"]["value"], "speedup": row["speedup_vs_plain"]["value"]}
+        for row in block["rows"]
+    }
 
 
 def compare(
@@ -370,6 +402,13 @@ def _chunks(prompts: Sequence[Prompt], batch: int) -> list[list[Prompt]]:
     count = -(-len(prompts) // batch)
     cycled = [prompts[i % len(prompts)] for i in range(count * batch)]
     return [cycled[i : i + batch] for i in range(0, count * batch, batch)]
+
+
+def _shares(prompts: Sequence[Prompt], count: int) -> list[list[Prompt]]:
+    """The prompts dealt out to `count` repetitions, as many to each; what is left over is not used."""
+    if len(prompts) < count:
+        raise InvalidValue(f"{count} repetitions on prompts of their own need as many prompts, got {len(prompts)}")
+    return [list(prompts[r::count])[: len(prompts) // count] for r in range(count)]
 
 
 def _rates(tokens: Sequence[int], seconds: Sequence[float]) -> Tensor:

@@ -150,6 +150,57 @@ def test_every_call_has_the_full_batch() -> None:
     assert sizes == [4, 4, 4] and block["requests"] == 8 and block["distinct_prompts"] == 5
 
 
+def on_a_clock(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Contestant], list[tuple[str, tuple[int, ...]]]]:
+    """Rows whose seconds and rounds follow from the prompt alone, and what they were asked to decode (warm-up too).
+
+    A target call takes a second. `copies` gets 8 tokens a call where the prompt's first token is odd, else 1.
+    """
+    now = [0.0]
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+    asked: list[tuple[str, tuple[int, ...]]] = []
+
+    def row(name: str, per_call: int) -> Contestant:
+        def decode(requests: Sequence[TokenRequest], seed: int) -> tuple[list[list[int]], RoundStats | None]:
+            rounds, calls = RoundStats(), []
+            for i, request in enumerate(requests):
+                asked.append((name, tuple(request.prompt)))
+                gain = per_call if request.prompt[0] % 2 else 1
+                calls.append(request.max_new_tokens // gain)
+                for _ in range(calls[-1]):
+                    rounds.append(i, gain - 1, gain - 1, gain, float(gain - 1), 1.0)
+            now[0] += max(calls)  # the slowest row of the batch sets the pace
+            return [[1] * r.max_new_tokens for r in requests], rounds
+
+        return Contestant(name, name, False, decode)
+
+    return [row("plain", 1), row("copies", 8)], asked
+
+
+def test_a_forecast_of_its_own_prompts_for_every_repetition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the prompts differ by is in it: half of them gain 8, and the forecast is of all of them together."""
+    table, asked = on_a_clock(monkeypatch)
+    settings = BenchSettings(max_new_tokens=8, repetitions=4, temperature=1.0)
+    held_out = [Prompt((i, 5)) for i in range(2, 18)]
+    parts = Parts(markov(20, 1))
+    found = bench.pilot(parts, held_out, settings, 1, table)
+    timed = [prompt for name, prompt in asked if name == "copies"][1:]  # behind the warm-up
+    assert sorted(timed) == [p.ids for p in held_out]  # each of them once
+    gain = pytest.approx(16 * 8 / (8 * 8 + 8 * 1))  # of all shares, though each of them is all odd or all even
+    assert found == {"copies": {"tau": gain, "speedup": gain}, "plain": {"tau": 1.0, "speedup": 1.0}}
+    with pytest.raises(InvalidValue, match="4 repetitions on prompts of their own need as many prompts, got 3"):
+        bench.pilot(parts, held_out[:3], settings, 1, table)
+
+
+def test_the_forecast_of_a_batch_knows_that_its_slowest_row_sets_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    table, _ = on_a_clock(monkeypatch)
+    settings = BenchSettings(max_new_tokens=8, repetitions=2, temperature=1.0)
+    mixed = [Prompt((i, 5)) for i in (1, 1, 2, 2, 1, 1, 3, 3)]  # dealt out: (1, 2, 1, 3) twice
+    found = bench.pilot(Parts(markov(20, 1)), mixed, settings, 4, table)
+    assert found["copies"]["speedup"] == 1.0 and found["copies"]["tau"] > 2.0
+    alone = bench.pilot(Parts(markov(20, 1)), mixed, settings, 1, table)
+    assert alone["copies"]["speedup"] == pytest.approx(4 * 8 / (8 + 3 * 1))
+
+
 def test_compare_finds_a_planted_difference_and_its_gap() -> None:
     """Negative control: one wrong token and one that is cut short must be reported, at the right place."""
     engine = markov(8, 1, seed=3)
