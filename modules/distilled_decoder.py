@@ -18,6 +18,7 @@ from torchmetrics import MeanMetric
 from draftsmith.data.batches import CodeBatch
 from draftsmith.inference.errors import InvalidValue
 from draftsmith.inference.flow_noise import noise
+from draftsmith.inference.load_image import load_tokenizer
 from draftsmith.inference.loader import load
 from draftsmith.inference.nets.config_json import read_config
 from draftsmith.inference.nets.distilled import DistilledConfig, DistilledDecoder
@@ -116,13 +117,13 @@ class DistilledPart(LearnedPart):
         if self.net is not None:
             return
         self.net = self.build()
+        codebook = load_tokenizer(self.tokenizer_dir)[0].vectors
+        self.net.attach(codebook)
         if self.init_from_teacher:
             teacher = load(self.teacher_dir).part
             if not isinstance(teacher, ImageAR):
-                raise InvalidValue(
-                    f"model.teacher {self.teacher_dir} is no raster image model: give an image-ar export"
-                )
-            self.net.start_from(teacher, self.net.codebook)
+                raise InvalidValue(f"model.teacher {self.teacher_dir} is no image-ar export: give a raster image model")
+            self.net.start_from(teacher, codebook)
 
     def configure_optimizers(self) -> Any:
         return build_optimizer(self.named_parameters(), self.optim, self.trainer.estimated_stepping_batches)
