@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.masked_models import ROOT, command, make, make_filter
+from benchmarks.masked_models import ROOT, command, make, training_prompts
 from draftsmith.data import segments
 from draftsmith.data.decode_traces import Traces, TraceSamples, trace, whole_answers
 from draftsmith.data.parallelbench.registry import with_names
@@ -167,55 +167,38 @@ def gain(fast: Run, slow: Run, resamples: int = 2000) -> Estimate:
 
 
 def segments_bed(place: Path = ROOT / "runs") -> Bed:
-    models = make("segments", place)
-    out = models.run / "exports" / "filter-reference"
-    if not out.is_dir():
-        make_filter(models, "--model.filter.net=reference", "--model.negative_weight=4.0", run="reference", out=out)
-    reference = load(out).part
-    assert isinstance(reference, CommitFilter)
+    models = make("segments", place, filters=False)
+    net = models.net()
 
     def judge(asked: list[CanvasRequest], _: list[list[int]]) -> Callable[[int, list[int]], bool]:
         return lambda i, out: segments.is_valid(asked[i].tokens[: segments.PROMPT], out)
 
-    return Bed(
-        "segments",
-        models.net(),
-        ParallelDiffusionSettings(block_length=8, eot="left_done"),
-        models.requests,
-        judge,
-        dict(zip(FILTERS, (reference, models.commit_filter()), strict=True)),
-    )
+    asked = segments.requests(3000, start=1 << 30, part="train")  # far behind what a training run sees
+    settings = ParallelDiffusionSettings(block_length=8, eot="left_done")
+    return Bed("segments", net, settings, models.requests, judge, train_filters(net, asked, 8, 8))
 
 
 def code_bed(place: Path = ROOT / "runs") -> Bed:
     """Answers of one block, so that thousands of prompts are decoded in minutes."""
-    models = make("code", place)
-    out = models.run / "exports" / "filter-reference"
-    if not out.is_dir():
-        make_filter(models, "--model.filter.net=reference", "--model.negative_weight=4.0", run="reference", out=out)
-    reference = load(out).part
-    assert isinstance(reference, CommitFilter)
+    models = make("code", place, filters=False)
+    net = models.net()
+    mask, end = net.config.mask_id, net.config.end_ids
 
     def requests(count: int, part: str) -> list[CanvasRequest]:
         asked = models.requests(count, part)
-        cut = [r.holes[0] + CODE_ANSWER for r in asked]
-        return [
-            CanvasRequest(r.tokens[:end], [h for h in r.holes if h < end], row_id=r.row_id, stop_ids=r.stop_ids)
-            for r, end in zip(asked, cut, strict=True)
-        ]
+        return [canvas(r.tokens[: r.holes[0]], r.row_id) for r in asked]
+
+    def canvas(prompt: Sequence[int], number: int) -> CanvasRequest:
+        holes = range(len(prompt), len(prompt) + CODE_ANSWER)
+        return CanvasRequest([*prompt, *[mask] * CODE_ANSWER], holes, row_id=number, stop_ids=end)
 
     def judge(_: list[CanvasRequest], sequential: list[list[int]]) -> Callable[[int, list[int]], bool]:
         return lambda i, out: out == sequential[i]
 
-    return Bed(
-        "code",
-        models.net(),
-        ParallelDiffusionSettings(block_length=32, eot="left_done"),
-        requests,
-        judge,
-        dict(zip(FILTERS, (reference, models.commit_filter()), strict=True)),
-        batch=64,
-    )
+    traced = [canvas(prompt, number) for number, prompt in enumerate(training_prompts())]
+    settings = ParallelDiffusionSettings(block_length=CODE_ANSWER, eot="left_done")
+    filters = train_filters(net, traced, CODE_ANSWER, CODE_ANSWER)
+    return Bed("code", net, settings, requests, judge, filters, batch=64)
 
 
 def parallelbench_bed(place: Path = ROOT / "runs") -> Bed:
@@ -237,28 +220,33 @@ def parallelbench_bed(place: Path = ROOT / "runs") -> Bed:
         return lambda i, out: form.tasks[samples[i].task].valid(samples[i], form.tokens(out))
 
     settings = ParallelDiffusionSettings(block_length=0, eot="none")
-    filters = train_filters(net, requests(3000, "traced"))
+    filters = train_filters(net, requests(3000, "traced"), 0, BLOCK)
     return Bed("parallelbench", net, settings, requests, judge, filters)
 
 
-def train_filters(net: MaskedLM, asked: Sequence[CanvasRequest], steps: int = 2000) -> dict[str, CommitFilter]:
-    """Both nets on the oracle's traces of these prompts, in blocks of BLOCK; the best of every 200 steps on the prompts
-    left for validation is kept.
+def train_filters(
+    net: MaskedLM, asked: Sequence[CanvasRequest], block_length: int, widest: int, steps: int = 2000
+) -> dict[str, CommitFilter]:
+    """Both nets on traces of these prompts: the oracle's passes, and as many that explore (see decode_traces.trace).
+
+    block_length: the decoder's (0: one block); widest: of the traces. The weights of least loss on the prompts that are
+    left for validation are kept.
     """
     plain = ParallelDiffusionDecoder(
-        net, ParallelDiffusionSettings(block_length=0, eot="none"), rule=TopN("confidence", 1)
+        net, ParallelDiffusionSettings(block_length=block_length, eot="none"), rule=SEQUENTIAL.commit
     )
     parts: list[Traces] = []
     for start in range(0, len(asked), 200):
         some = list(asked[start : start + 200])
-        parts.append(trace(net, some, whole_answers(plain, some), BLOCK)[0])
+        answers = whole_answers(plain, some)
+        parts += [trace(net, some, answers, widest, explored)[0] for explored in range(2)]
     traces = Traces.joined(parts)
     learn, check = (TraceSamples(traces, validation=v, val_fraction=0.15, seed=0) for v in (False, True))
     held = check.fetch(range(len(check)))
     made = {}
     for name, config, weight in zip(
         FILTERS,
-        (FilterConfig(BLOCK, net="reference"), FilterConfig(BLOCK, hidden=64, window=4)),
+        (FilterConfig(widest, net="reference"), FilterConfig(widest, hidden=64, window=4)),
         (4.0, 8.0),
         strict=True,
     ):
@@ -275,7 +263,7 @@ def train_filters(net: MaskedLM, asked: Sequence[CanvasRequest], steps: int = 20
             (total / share).backward()
             optimizer.step()
             schedule.step()
-            if step % 200 == 199:
+            if step % (steps // 10) == steps // 10 - 1:
                 with torch.no_grad():
                     total, share, _ = module.loss(held)
                 if (loss := (total / share).item()) < best:

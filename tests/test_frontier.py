@@ -38,9 +38,8 @@ def tiny() -> MaskedLM:
     return MaskedLM(MaskedLMConfig(14, 16, 1, 2, 16, 28, mask_id=segments.MASK, eos_id=segments.EOT)).eval()
 
 
-def test_filters_are_trained_on_the_models_own_traces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frontier, "BLOCK", 24)
-    found = frontier.train_filters(tiny(), segments.requests(40), steps=200)
+def test_filters_are_trained_on_the_models_own_traces() -> None:
+    found = frontier.train_filters(tiny(), segments.requests(20), 8, 8, steps=10)
     assert list(found) == list(frontier.FILTERS)
     assert all(isinstance(net, CommitFilter) and not net.training for net in found.values())
 

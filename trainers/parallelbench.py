@@ -22,6 +22,7 @@ from draftsmith.inference.environment import git, machine, versions
 from draftsmith.inference.errors import InvalidValue, unknown_choice
 from draftsmith.inference.loader import LoadedPart, check_role, load
 from draftsmith.inference.manifest import DTYPES
+from draftsmith.inference.nets.commit_filter import CommitFilter
 from draftsmith.inference.nets.masked_lm import MaskedLM
 from draftsmith.inference.sampling import SamplingParams
 from draftsmith.trainers.parallelbench_figure import draw
@@ -262,7 +263,10 @@ def _filter_settings(given: Any) -> list[Setting]:
         return []
     part = load(given.filter, device=given.device, verify=not given.no_verify)
     check_role(part, "filter")
-    return [Setting("learned_filter", t, LearnedFilter(part.part, t)) for t in FILTER_THRESHOLDS]
+    net: Any = part.part
+    if not isinstance(net, CommitFilter):
+        raise InvalidValue(f"{given.filter} is of kind {part.kind!r}: --filter takes a commit filter")
+    return [Setting("learned_filter", t, LearnedFilter(net, t)) for t in FILTER_THRESHOLDS]
 
 
 def _bits(questions: list[Question]) -> float | None:

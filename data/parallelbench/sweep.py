@@ -100,8 +100,8 @@ class Run:
         if not parts:
             raise InvalidValue("no runs to join: give one at least")
         columns = ("output", "right", "passes", "tokens", "order")
-        found: list[Any] = [[x for part in parts for x in getattr(part, name)] for name in columns]
-        return cls(*found, seconds=sum(part.seconds for part in parts))
+        found: dict[str, Any] = {name: [x for part in parts for x in getattr(part, name)] for name in columns}
+        return cls(**found, seconds=sum(part.seconds for part in parts))
 
     def to_json(self) -> dict[str, Any]:
         return {
