@@ -185,7 +185,7 @@ def tokens_per_step(subject: Subject, world_size: int) -> int:
     """Of an optimizer step, over all ranks; of served requests at most (every answer at full length)."""
     data, accumulate = subject.data, int(subject.trainer.accumulate_grad_batches)
     if isinstance(subject.module, LearnedPart):
-        return data.rows * subject.module.positions * accumulate * world_size
+        return int(data.rows) * subject.module.positions * accumulate * world_size
     if isinstance(data, TextDataModule):
         return data.text.batch_size * data.text.length * accumulate * world_size
     if isinstance(subject.module, MaskedDiffusion):
