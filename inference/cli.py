@@ -28,7 +28,7 @@ VERBS: dict[str, dict[str, str]] = {
         "test": "run the test of a config on a checkpoint",
         "submit": "write a SLURM script for a training run, and submit it",
         "doctor": "check a run before it starts: SLURM, DeepSpeed, precision, data, disk, ports, resume",
-        "trace": "let a target answer prompts: the text that drafts and EAGLE heads are trained on",
+        "trace": "make training data: a target's answers to prompts, or a diffusion model's oracle passes (learn2pd)",
         "plan": "what a run needs: memory per rank for each ZeRO stage, tokens, disk, hours",
         "demo": "see the whole path on this machine: train, serve, distil online, export, measure",
     },
