@@ -309,12 +309,15 @@ class PackedStates(PackedTokens):
 
     def __init__(self, packed: PackedTokens, reader: StateReader) -> None:
         vars(self).update(vars(packed))
-        self.reader = reader
+        self.packed, self.reader = packed, reader
         self.fingerprint = f"{packed.fingerprint}/states-{reader.index['key'][:16]}"
+
+    def __len__(self) -> int:
+        return len(self.packed)
 
     def fetch(self, indices: Sequence[int]) -> StateBatch:
         """The batch of these samples; an index PADDING gives a row of padding."""
-        batch = super().fetch(indices)
+        batch = self.packed.fetch(indices)
         states, scale_bits = self.reader.samples([int(i) for i in indices])
         return StateBatch(**vars(batch), states=states, scale_bits=scale_bits)
 
@@ -354,7 +357,7 @@ class TeacherStatesModule(TextDataModule):
         if not self.target_dir.is_dir():
             raise InvalidValue(f"no such target directory: {self.target_dir} (data.states.target)")
         layers = None if self.states.aux_layers is None else list(self.states.aux_layers)
-        packing = [self.text.length, self.text.separate_documents]
+        packing = [self.text.length, self.text.separate_documents, self.text.packing]
         parts = [
             _VERSION,
             self.directory.name,
