@@ -2,7 +2,7 @@
 
 Both are trained here, on the same text of Python's own library with the same tokenizer, for as many tokens; holes are
 whole lines of files that neither has seen. Greedy, one hole at a time. The any-subset model sees what stands behind a
-hole, the other one does not; both are told the hole's length in tokens (a bias that favours neither). About 15 minutes:
+hole, the other one does not; both are told the hole's length in tokens (a bias that favours neither). About 10 minutes:
 `make acceptance SYSTEM=as-arm-infilling`.
 """
 
@@ -35,7 +35,7 @@ from tests.code_holes import Hole, edit_similarity, holes
 from tests.figures import record
 
 VOCAB, WIDTH, LAYERS, CANVAS = 2048, 192, 4, 128
-STEPS, BATCH = 500, 16
+STEPS, BATCH = 300, 16
 OPTIM = OptimConfig(lr=2e-3, weight_decay=0.01, warmup_steps=50, final_lr_ratio=0.05)
 CORPUS = CorpusConfig(sources=["stdlib:code"], val_fraction=0.08, dedup=0.8)
 KINDS = {"single line": (1, 80, 4, 24), "multi line": (3, 40, 12, 48)}  # lines, holes, least and most tokens
