@@ -21,6 +21,7 @@ from draftsmith.inference.requests import DecodeResult
 
 COMPARE = ("mean", "sum")
 MOST_CANVASES = 256  # combinations of lengths, times samples
+_ANCHORS = (".", "a", "0")
 _MARK = re.compile(r"\[\[MASK:([^\]]*)\]\]")
 _LENGTHS = re.compile(r"(\d+)(?:-(\d+))?")
 
@@ -73,7 +74,7 @@ def canvases(template: Template, tokenizer: Any, net: AnySubsetLM, samples: int 
     count = math.prod(most - least + 1 for least, most in template.lengths) * samples
     if count > MOST_CANVASES:
         raise InvalidValue(f"{count} canvases (lengths times samples), at most {MOST_CANVASES}: narrow the ranges")
-    ids = [list(tokenizer.encode(piece, add_special_tokens=False)) for piece in template.pieces]
+    ids = [_ids(tokenizer, piece, inside=i > 0) for i, piece in enumerate(template.pieces)]
     if not any(ids) and not net.config.sink and getattr(tokenizer, "bos_token_id", None) is not None:
         ids[0] = [tokenizer.bos_token_id]
     made: list[CanvasRequest] = []
@@ -85,6 +86,17 @@ def canvases(template: Template, tokenizer: Any, net: AnySubsetLM, samples: int 
             tag = ",".join(map(str, lengths))
             made.append(CanvasRequest.from_mask(tokens, net.config.mask_id, row_id=len(made), tag=tag))
     return made
+
+
+def _ids(tokenizer: Any, piece: str, inside: bool) -> list[int]:
+    """Ids of a piece; `inside` a text, where tokenizers that put a space before their input must not."""
+    if inside and piece:
+        for anchor in _ANCHORS:  # one that stays a token of its own before this piece
+            before = list(tokenizer.encode(anchor, add_special_tokens=False))
+            ids = list(tokenizer.encode(anchor + piece, add_special_tokens=False))
+            if ids[: len(before)] == before:
+                return ids[len(before) :]
+    return list(tokenizer.encode(piece, add_special_tokens=False))
 
 
 def infill(

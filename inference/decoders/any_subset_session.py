@@ -215,9 +215,11 @@ class CanvasSession:
     def read_plain(self, x: Tensor, broken: Tensor) -> list[RowRound]:
         """The same for draws x [B, K] that are committed as they are; broken: bool [B, K]."""
         found = []
-        for row, tokens, wrong in zip(self.rows, x.tolist(), broken.tolist(), strict=True):
+        width = x.shape[1]
+        for row, numbers in zip(self.rows, torch.cat([x, broken.long()], 1).tolist(), strict=True):
             if row.reason is None:
-                count = min(row.left, len(tokens))
+                tokens, wrong = numbers[:width], numbers[width:]
+                count = min(row.left, width)
                 fault = Fault.TARGET if any(wrong[:count]) else Fault.NONE
                 found.append(RowRound(row.index, 0, 0, tokens[:count], 0.0, 0, fault))
         return found

@@ -120,6 +120,21 @@ def test_canvases_cover_the_ranges(export: Path) -> None:
     assert alone[0].tokens[0] == part.tokenizer.bos_token_id and list(alone[0].holes) == [1, 2]
 
 
+def test_pieces_inside_a_text_get_no_space_before_them() -> None:
+    """As SentencePiece's tokenizers put one before whatever they are given."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    symbols = {symbol: i for i, symbol in enumerate("\u2581abc.")}
+    backend = Tokenizer(models.BPE(vocab=symbols, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert tokenizer.encode("b") == [0, 2], "the trap"
+    made = canvases(parse("a[[MASK:1]]b c[[MASK:2]]"), tokenizer, small_net(5))
+    assert made[0].tokens == [0, 1, 5, 2, 0, 3, 5, 5]
+
+
 def test_infill_is_the_decoder_on_the_canvas(export: Path) -> None:
     part: Any = load(export)
     net = part.part
