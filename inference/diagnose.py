@@ -8,7 +8,7 @@ Shape letters: n samples, N anchors, K steps, V vocabulary, W rows of the draft'
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from draftsmith.inference.hypotheses import base
 from draftsmith.inference.hypotheses.base import Hypothesis, Subject, key
-from draftsmith.inference.hypotheses.contexts import Contexts, chunks
+from draftsmith.inference.hypotheses.contexts import Contexts, chunks, likelihood
 from draftsmith.inference.rng import Stream, uniform
 
 TEMPERATURES = (0.6, 0.75, 0.9, 1.0, 1.15, 1.35, 1.7)
@@ -141,6 +141,7 @@ class Search:
         name = (key(couplings), few)
         if name not in self._known:
             contexts = self._few if few and self._few is not None else self.contexts
+            contexts = contexts.rendered(getattr(couplings, "rendering", ""))
             self._known[name] = score(self.subject, couplings, contexts, self.temperatures)
         return self._known[name]
 
@@ -261,6 +262,14 @@ def unigram(contexts: Contexts) -> Tensor:
     return torch.cat([accepted(torch.minimum(law, q).sum(-1)) for law in laws])
 
 
+def likelier(contexts: Contexts, seed: int = 0) -> tuple[str, ...]:
+    """Renderings under which the target finds the answers likelier, beyond chance: else it did not write them so."""
+    given = likelihood(contexts)
+    level = LEVEL / max(1, len(contexts.renderings))
+    gains = {name: likelihood(other) - given for name, other in contexts.renderings.items()}
+    return tuple(name for name, gain in gains.items() if bootstrap(gain, level, seed) > 0)
+
+
 def diagnose(
     subject: Subject,
     contexts: Contexts,
@@ -276,6 +285,8 @@ def diagnose(
     Returns a verdict; the drafter's weights are as they were.
     """
     began = time.perf_counter()
+    if contexts.renderings:
+        subject.facts = replace(subject.facts, renderings=likelier(contexts, seed))
     search = Search(subject, contexts, temperatures=temperatures, seed=seed, deep=deep, watch=watch)
     deployed = search.score(subject.couplings)
     chance = unigram(contexts)

@@ -10,14 +10,17 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from draftsmith.inference.checkpoint import read_json
 from draftsmith.inference.commands._args import CommandParser, parser
 from draftsmith.inference.diagnose import Row, Verdict, diagnose
 from draftsmith.inference.diagnose_report import document, page
 from draftsmith.inference.errors import InvalidState, InvalidValue
 from draftsmith.inference.formats.convert import FORMATS
 from draftsmith.inference.hypotheses import confirm
-from draftsmith.inference.hypotheses.contexts import draw
+from draftsmith.inference.hypotheses.contexts import Contexts, draw, recorded
+from draftsmith.inference.hypotheses.served_law import LawFilter
 from draftsmith.inference.hypotheses.subjects import load_subject
+from draftsmith.inference.hypotheses.template import GIVEN, read_answered, rendered
 from draftsmith.inference.loader import LoadedPart, check_role, load
 from draftsmith.inference.manifest import DTYPES
 from draftsmith.inference.prompts import PromptLine, read_prompts
@@ -38,16 +41,30 @@ def main(argv: list[str]) -> int:
 
 
 def _diagnose(given: Any, target: LoadedPart) -> Verdict:
-    drafter = Path(given.drafter)
+    drafter, served = Path(given.drafter), _filters(given)
     try:
-        subject, certain, notes = load_subject(target, drafter, format=given.format, allow_pickle=given.allow_pickle)
+        subject, certain, notes = load_subject(
+            target, drafter, format=given.format, allow_pickle=given.allow_pickle, served=served
+        )
     except InvalidValue as error:
         if not drafter.is_dir():
             raise
         return Verdict("certain", certain=[str(error)])
-    prompts = _prompts(given.prompts, target, given.samples)
-    sizes = {"seed": given.seed, "length": given.length, "anchors": given.anchors, "steps": given.steps}
-    contexts = draw(target, prompts, given.samples, **sizes)
+    sizes: dict[str, Any] = {
+        "law_filter": served[0],
+        "seed": given.seed,
+        "length": given.length,
+        "anchors": given.anchors,
+        "steps": given.steps,
+    }
+    if given.answers is not None:
+        if given.prompts is not None:
+            raise InvalidValue("--answers brings its own prompts: leave --prompts out")
+        contexts, fresh, others = _recorded(given, target, sizes)
+    else:
+        prompts = _prompts(given.prompts, target, given.samples)
+        contexts, others = draw(target, prompts, given.samples, **sizes), prompts[given.samples :] or prompts
+        fresh = None
     if not contexts.keep:
         notes.append("the target's states do not fit into memory: they are computed anew for each set of layers")
     with _live(given.json) as watch:
@@ -57,8 +74,8 @@ def _diagnose(given: Any, target: LoadedPart) -> Verdict:
     if certain and verdict.status == "healthy":
         verdict.status = "certain"
     if verdict.findings or given.confirm:
-        others = prompts[given.samples :] or prompts
-        fresh = draw(target, others, given.samples, first=FRESH, **sizes)
+        if fresh is None:
+            fresh = draw(target, others, given.samples, first=FRESH, **sizes)
         verdict.confirmed["fresh"] = confirm.on_fresh_contexts(subject, verdict, fresh, given.seed)
         verdict.confirmed["decoding"] = confirm.by_decoding(subject, verdict, target, others, steps=given.steps)
     if given.write_fixed is not None:
@@ -70,6 +87,36 @@ def _diagnose(given: Any, target: LoadedPart) -> Verdict:
             )
             verdict.notes.append(f"{given.write_fixed} is the corrected drafter, format {name}")
     return verdict
+
+
+def _recorded(
+    given: Any, target: LoadedPart, sizes: dict[str, Any]
+) -> tuple[Contexts, Contexts | None, list[list[int]]]:
+    """(contexts of the first answers, of the next ones where there are enough, prompts as given)."""
+    bos = getattr(target.tokenizer, "bos_token_id", None)
+    if bos is None:
+        bos = read_json(target.path / "config.json").get("bos_token_id")
+    prompts, answers = rendered(read_answered(given.answers), target.tokenizer, bos)
+
+    def part(first: int, last: int) -> Contexts:
+        return recorded(target, {name: ids[first:last] for name, ids in prompts.items()}, answers[first:last], **sizes)
+
+    count = given.samples
+    fresh = part(count, 2 * count) if len(answers) >= 2 * count else None
+    return part(0, count), fresh, [ids for ids in prompts[GIVEN] if ids]
+
+
+def _filters(given: Any) -> tuple[LawFilter, LawFilter]:
+    """Of the target's law and of the draft's. Raises InvalidValue for numbers that are none."""
+    target = (given.top_k, given.top_p)
+    draft = tuple(
+        own if own is not None else others
+        for own, others in zip((given.draft_top_k, given.draft_top_p), target, strict=True)
+    )
+    for top_k, top_p in (target, draft):
+        if top_k < 0 or not 0.0 < top_p <= 1.0:
+            raise InvalidValue(f"top-k is at least 0 and top-p above 0 and at most 1, got {top_k} and {top_p}")
+    return target, draft
 
 
 def _parser() -> CommandParser:
@@ -86,9 +133,20 @@ def _parser() -> CommandParser:
     made.add_argument(
         "--prompts", metavar="FILE", help="JSONL as draftsmith decode takes (default: docstrings of Python's library)"
     )
+    made.add_argument(
+        "--answers",
+        type=Path,
+        metavar="FILE",
+        help="JSONL with what the target answered in service ('prompt', 'prompt_ids' or 'messages', and 'answer' or "
+        "'answer_ids'): chat templates and BOS are tried, too",
+    )
     made.add_argument("--length", type=int, default=64, metavar="N", help="tokens of an answer (default: 64)")
     made.add_argument("--anchors", type=int, default=8, metavar="N", help="places of an answer (default: 8)")
     made.add_argument("--steps", type=int, default=5, metavar="K", help="draft length that is scored (default: 5)")
+    made.add_argument("--top-k", type=int, default=0, metavar="K", help="that the target is served with; 0: off")
+    made.add_argument("--top-p", type=float, default=1.0, metavar="P", help="that the target is served with; 1: off")
+    made.add_argument("--draft-top-k", type=int, metavar="K", help="that drafts are drawn with (default: --top-k)")
+    made.add_argument("--draft-top-p", type=float, metavar="P", help="that drafts are drawn with (default: --top-p)")
     made.add_argument("--expected", type=float, metavar="S", help="S of the healthy drafter, where it was measured")
     made.add_argument("--deep", action="store_true", help="try every state at every place, and several beginnings")
     made.add_argument("--confirm", action="store_true", help="fresh contexts and real decoding also when healthy")

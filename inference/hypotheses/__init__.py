@@ -6,9 +6,12 @@ from draftsmith.inference.hypotheses import (
     norms,
     precision,
     rotary,
+    served_law,
     shifts,
+    template,
     vocabulary_map,
     weights,
+    window,
 )
 from draftsmith.inference.hypotheses.base import Family
 
@@ -20,6 +23,9 @@ FAMILIES: tuple[Family, ...] = (
     vocabulary_map.variants,
     matrices.variants,
     rotary.variants,
+    template.variants,
+    window.variants,
     weights.variants,
+    served_law.variants,
     precision.variants,
 )

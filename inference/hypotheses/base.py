@@ -52,6 +52,9 @@ class Facts:
     square_kv: bool  # k and v have one shape
     square_qk: bool  # q and k have one shape
     half_head: bool  # an even head width, as rotary pairs need
+    target_window: int | None = None  # positions that the target's attention sees, where it has a window
+    renderings: tuple[str, ...] = ()  # of the prompts, under which the target's recorded answers are likelier
+    target_filter: tuple[int, float] = (0, 1.0)  # top-k (0: all) and top-p (1: all) that the target is served with
 
 
 Family = Callable[[Any, Facts], Iterator[Hypothesis]]
@@ -60,13 +63,12 @@ Family = Callable[[Any, Facts], Iterator[Hypothesis]]
 class Subject(Protocol):
     """A drafter whose law can be computed under any couplings."""
 
+    facts: Facts
+
     @property
     def couplings(self) -> Any:
         """As deployed."""
         ...
-
-    @property
-    def facts(self) -> Facts: ...
 
     @property
     def families(self) -> Sequence[Family]: ...

@@ -33,7 +33,7 @@ PROMPTS, NEW_TOKENS = 16, 64
 def on_fresh_contexts(subject: Subject, verdict: Verdict, fresh: Contexts, seed: int = 0) -> dict[str, Any]:
     """S before and after with 95% intervals, on contexts that chose nothing."""
     both = {"before": subject.couplings, "after": verdict.couplings}
-    scored = {name: score(subject, c, fresh, TEMPERATURES).samples for name, c in both.items()}
+    scored = {name: score(subject, c, fresh.rendered(c.rendering), TEMPERATURES).samples for name, c in both.items()}
     gain = scored["after"] - scored["before"]
     return {
         "contexts": fresh.count,
@@ -100,6 +100,8 @@ def write_fixed(subject: Subject, verdict: Verdict, target: Path, source: Path, 
 def _decoder(
     subject: Subject, couplings: Any, target: LoadedPart, steps: int, sampling: SamplingParams, vocab: int
 ) -> Any:
+    if couplings.rendering != subject.couplings.rendering:
+        raise InvalidValue("another rendering is another prompt: decode with it to see what it brings")
     if isinstance(subject, LMSubject):
         if couplings.token_offset or couplings.label_shift or not couplings.final_norm:
             raise InvalidValue("a language model with shifted ids or rows, or without its last norm, is not served")

@@ -18,6 +18,8 @@ from torch import Tensor
 from draftsmith.inference.formats.record import EMBEDDING, DrafterRecord
 from draftsmith.inference.hypotheses import FAMILIES
 from draftsmith.inference.hypotheses.base import Facts, Family
+from draftsmith.inference.hypotheses.served_law import ALL, LawFilter, filtered
+from draftsmith.inference.hypotheses.template import GIVEN
 from draftsmith.inference.nets.eagle_head import EagleConfig
 from draftsmith.inference.nets.rope import rope_frequencies
 from draftsmith.inference.nets.transformer import activation
@@ -49,6 +51,10 @@ class EagleCouplings:
     interleaved: bool = False  # rotary pairs are neighbours, not halves
     features: str = "float32"  # dtype of the target's states
     swapped: str = ""  # "gate_up", "k_v", "q_k"
+    windows: tuple[int | None, ...] = (None,)  # of the one layer: positions back that it sees, itself included
+    rotary_share: float = 1.0  # of a head's dimensions are turned, the first ones
+    law_filter: LawFilter = ALL  # top-k and top-p that drafts are drawn with
+    rendering: str = GIVEN  # of the contexts' prompts
 
 
 @dataclass
@@ -75,7 +81,7 @@ class EagleSubject:
         if c.version == 3 and c.final_norm:
             out = _norm(out, self._weight("norm.weight", out), self.config.norm_eps)
         ids = self._ids(c)
-        return F.linear(out, self._head(c, ids)), ids
+        return filtered(F.linear(out, self._head(c, ids)), c.law_filter), ids
 
     # --- weights under couplings
 
@@ -156,15 +162,17 @@ class EagleSubject:
         return out if positions is None else self._turn(c, out, positions)
 
     def _turn(self, c: EagleCouplings, x: Tensor, positions: Tensor) -> Tensor:
-        config = self.config
-        frequencies, factor = rope_frequencies(c.rope, config.head_dim, config.max_positions, config.max_positions)
+        config, size = self.config, 2 * round(c.rotary_share * self.config.head_dim / 2)
+        x, rest = x[..., :size], x[..., size:]
+        rope = {name: value for name, value in c.rope.items() if name != "partial_rotary_factor"}
+        frequencies, factor = rope_frequencies(rope, size, config.max_positions, config.max_positions)
         angle = positions.unsqueeze(-1).float().unsqueeze(-1) * frequencies  # [c, n, 1, hd/2]
         cos, sin = angle.cos() * factor, angle.sin() * factor
         if c.interleaved:
             even, odd = x[..., 0::2], x[..., 1::2]
-            return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2)
+            return torch.cat((torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2), rest), -1)
         low, high = x.chunk(2, -1)
-        return torch.cat((low * cos - high * sin, high * cos + low * sin), -1)
+        return torch.cat((low * cos - high * sin, high * cos + low * sin, rest), -1)
 
     def _leave(self, c: EagleCouplings, residual: Tensor, attended: Tensor) -> Tensor:
         x = residual + self._linear(attended, "self_attn.o_proj", c)
@@ -184,7 +192,8 @@ class EagleSubject:
         inputs, residual = self._enter(c, embeds, projected)
         keys = self._heads(c, inputs, "k", every)
         values = self._heads(c, inputs, "v", None)
-        unseen = torch.where(every.unsqueeze(1) <= rows.unsqueeze(2), 0.0, float("-inf"))  # [c, N, T-1]
+        window = c.windows[0] or length
+        back = rows.unsqueeze(2) - every.unsqueeze(1)  # [c, N, T-1]
         keys, values = (x.permute(0, 2, 1, 3).unsqueeze(2) for x in (keys, values))  # [c, G, 1, T-1, hd]
         own_keys: list[Tensor] = []
         own_values: list[Tensor] = []
@@ -203,7 +212,9 @@ class EagleSubject:
             if k:
                 own_keys.append(self._heads(c, inputs, "k", positions).permute(0, 2, 1, 3).unsqueeze(2))
                 own_values.append(self._heads(c, inputs, "v", None).permute(0, 2, 1, 3).unsqueeze(2))
-            attended = _attend(q, keys, values, own_keys, own_values, unseen)
+            unseen = torch.where((back >= 0) & (back + k < window), 0.0, float("-inf"))
+            near = max(0, k - window)  # own keys before it are out of the window
+            attended = _attend(q, keys, values, own_keys[near:], own_values[near:], unseen)
             outs.append(self._leave(c, residual, attended))
         return torch.stack(outs, 2)
 

@@ -18,6 +18,9 @@ from draftsmith.inference.formats.files import rope_of
 from draftsmith.inference.formats.record import DrafterRecord, LMFields
 from draftsmith.inference.hypotheses import FAMILIES
 from draftsmith.inference.hypotheses.base import Facts, Family
+from draftsmith.inference.hypotheses.served_law import ALL, LawFilter, filtered
+from draftsmith.inference.hypotheses.template import GIVEN
+from draftsmith.inference.hypotheses.window import window_of
 from draftsmith.inference.loader import LoadedPart
 from draftsmith.inference.nets.causal_lm import FAMILIES as NATIVE
 from draftsmith.inference.nets.causal_lm import CausalLM, CausalLMConfig
@@ -36,6 +39,9 @@ class LMCouplings:
     token_offset: int = 0  # id of the draft = id of the target + this
     interleaved: bool = False
     swapped: str = ""
+    windows: tuple[int | None, ...] = ()  # per layer: positions back that it sees, itself included
+    law_filter: LawFilter = ALL  # top-k and top-p that drafts are drawn with
+    rendering: str = GIVEN  # of the contexts' prompts
 
 
 @dataclass
@@ -63,12 +69,13 @@ class LMSubject:
         index = places.clamp(0, tokens.shape[1] - 1).flatten(1).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
         logits = net.head(hidden.gather(1, index)).float().view(*places.shape, -1)
         ids = torch.arange(size) - c.token_offset
+        logits = filtered(logits, c.law_filter)
         return logits, torch.where((ids >= 0) & (ids < contexts.vocab_size), ids, -1)
 
     def _net(self, c: LMCouplings) -> CausalLM:
         tied = c.head == "embedding"
         with torch.device("meta"):
-            net = CausalLM(replace(self.config, rope=dict(c.rope), tied=tied))
+            net = CausalLM(replace(self.config, rope=dict(c.rope), tied=tied, windows=c.windows))
         tensors = self._viewed(c)
         if tied:
             tensors[HEAD] = tensors[EMBEDDING]
@@ -123,6 +130,7 @@ def lm_subject(target: LoadedPart, drafter: Path, record: DrafterRecord) -> LMSu
         square_kv=True,
         square_qk=block.num_heads == block.num_kv_heads,
         half_head=block.head_dim % 2 == 0,
+        target_window=window_of(target.path),
     )
     head = "embedding" if config.tied else "own"
-    return LMSubject(config, tensors, facts, LMCouplings(dict(config.rope), head))
+    return LMSubject(config, tensors, facts, LMCouplings(dict(config.rope), head, windows=config.windows))

@@ -9,7 +9,8 @@ BASES = (1e4, 1e5, 5e5, 1e6, 1e7)
 
 
 def variants(c: Any, facts: Facts) -> Iterator[Hypothesis]:
-    """The target's settings, the usual bases, no scaling, and pairs of neighbours instead of halves."""
+    """The target's settings, the usual bases, no scaling, and a part of each head, and pairs of neighbours
+    instead of halves."""
     if not hasattr(c, "rope"):
         return
     now = dict(c.rope)
@@ -29,6 +30,16 @@ def variants(c: Any, facts: Facts) -> Iterator[Hypothesis]:
                     "SGLang": f"rope_theta: {rope['rope_theta']:g} at the top level, and rope_scaling",
                     "draftsmith": f"rope: {rope}",
                 },
+            )
+    if hasattr(c, "rotary_share"):
+        stated = {float(rope.get("partial_rotary_factor", 1.0)) for rope in (now, facts.target_rope)}
+        for share in sorted({1.0, 0.5, 0.25, *stated} - {c.rotary_share}):
+            yield Hypothesis(
+                "RoPE",
+                f"{share:g} of each head is turned",
+                {"rotary_share": share},
+                f"in training, {share:g} of each head's dimensions were turned (partial_rotary_factor)",
+                {"any engine": f"partial_rotary_factor: {share:g} in the drafter's rope_parameters"},
             )
     if facts.half_head:
         pairing = "interleaved (neighbours)" if not c.interleaved else "halves"

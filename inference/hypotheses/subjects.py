@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -17,6 +18,8 @@ from draftsmith.inference.formats.record import DrafterRecord, LMFields
 from draftsmith.inference.hypotheses.base import Facts, Subject
 from draftsmith.inference.hypotheses.eagle_head import LAYER, EagleCouplings, EagleSubject
 from draftsmith.inference.hypotheses.language_model import lm_subject
+from draftsmith.inference.hypotheses.served_law import ALL, LawFilter
+from draftsmith.inference.hypotheses.window import window_of
 from draftsmith.inference.loader import LoadedPart
 from draftsmith.inference.nets.eagle_head import EagleConfig
 
@@ -25,22 +28,29 @@ HEAD = "lm_head.weight"
 
 
 def load_subject(
-    target: LoadedPart, drafter: Path, *, format: str | None = None, allow_pickle: bool = False
+    target: LoadedPart,
+    drafter: Path,
+    *,
+    format: str | None = None,
+    allow_pickle: bool = False,
+    served: tuple[LawFilter, LawFilter] = (ALL, ALL),
 ) -> tuple[Subject, list[str], list[str]]:
-    """(subject, faults that are certain, notes). Raises InvalidValue for a drafter that no coupling could run.
+    """(subject, faults that are certain, notes). served: filters of the target's law and of the draft's.
+
+    Raises InvalidValue for a drafter that no coupling could run.
 
     Raises InvalidType for a kind that cannot be diagnosed (block drafters and Medusa heads are not among the families).
     """
     record = read_drafter(drafter, target=target.path, format=format, allow_pickle=allow_pickle, strict=False)
     certain = [*record.problems, *_tokenizers(target.path, drafter)]
     if isinstance(record.fields, LMFields):
-        return lm_subject(target, drafter, record), certain, list(record.notes)
+        return _served(lm_subject(target, drafter, record), served), certain, list(record.notes)
     if not isinstance(record.fields, EagleConfig):
         raise InvalidType(
             f"{drafter} has the format {record.format!r}: diagnosed are EAGLE drafters and language models"
         )
     certain += _sizes(target, record.fields)
-    return eagle_subject(target, record), certain, [*record.notes, *_origins(record)]
+    return _served(eagle_subject(target, record), served), certain, [*record.notes, *_origins(record)]
 
 
 def eagle_subject(target: LoadedPart, record: DrafterRecord) -> EagleSubject:
@@ -64,6 +74,7 @@ def eagle_subject(target: LoadedPart, record: DrafterRecord) -> EagleSubject:
         square_kv=True,
         square_qk=config.num_heads == config.num_kv_heads,
         half_head=config.head_dim % 2 == 0,
+        target_window=window_of(target.path),
     )
     couplings = EagleCouplings(
         version=config.version,
@@ -77,6 +88,12 @@ def eagle_subject(target: LoadedPart, record: DrafterRecord) -> EagleSubject:
         head="own" if config.version == 3 else "target",
     )
     return EagleSubject(record, lent, facts, couplings)
+
+
+def _served(subject: Any, filters: tuple[LawFilter, LawFilter]) -> Any:
+    subject.facts = replace(subject.facts, target_filter=filters[0])
+    subject.couplings = replace(subject.couplings, law_filter=filters[1])
+    return subject
 
 
 def target_matrices(directory: Path) -> dict[str, Tensor]:
@@ -98,8 +115,9 @@ def corrected(subject: EagleSubject, couplings: EagleCouplings) -> DrafterRecord
     Raises InvalidValue, with what to do in the engine, for what no file can state (pairing of tokens and states).
     """
     c, deployed = couplings, subject.couplings
-    engine = ("feature_shift", "token_shift", "step_offset", "features", "hidden_norm", "final_norm")
-    beyond = [name for name in (*engine, "final_state_normed") if getattr(c, name) != getattr(deployed, name)]
+    engine: tuple[str, ...] = ("feature_shift", "token_shift", "step_offset", "features", "hidden_norm", "final_norm")
+    engine += ("final_state_normed", "windows", "rotary_share", "law_filter", "rendering")
+    beyond = [name for name in engine if getattr(c, name) != getattr(deployed, name)]
     if beyond:
         raise InvalidValue(f"{', '.join(beyond)} is how an engine feeds it: no file can state that, fix the engine")
     record, config = subject.record, subject.config

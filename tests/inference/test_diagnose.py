@@ -18,6 +18,7 @@ from draftsmith.inference.formats import read_drafter, speculators
 from draftsmith.inference.hypotheses.base import Facts, Hypothesis, key
 from draftsmith.inference.hypotheses.contexts import Contexts, draw
 from draftsmith.inference.hypotheses.eagle_head import EagleSubject
+from draftsmith.inference.hypotheses.served_law import filtered
 from draftsmith.inference.hypotheses.subjects import corrected, eagle_subject, load_subject
 from draftsmith.inference.loader import LoadedPart, load
 from tests.eagles import VARIANTS, toy_config, toy_record, write_target
@@ -90,6 +91,75 @@ def swapped_lm(target: LoadedPart, out: Path) -> Path:
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text((target.path / "config.json").read_text())
     return out
+
+
+def test_windows_and_filters_of_a_language_model_are_named(target: LoadedPart, contexts: Contexts) -> None:
+    """The target as its own draft, served with a window or with filtered drafts that nobody asked for."""
+    whole, _, _ = load_subject(target, target.path)
+    for changes, name in (
+        ({"windows": (2,) * 8}, "no sliding window"),
+        ({"law_filter": (1, 1.0)}, "drafts unfiltered"),
+        ({"law_filter": (0, 0.1)}, "drafts unfiltered"),
+    ):
+        subject, _, _ = load_subject(target, target.path)
+        subject.couplings = dataclasses.replace(subject.couplings, **changes)
+        verdict = dg.diagnose(subject, contexts)
+        assert [found.hypothesis.name for found in verdict.findings] == [name], changes
+        assert verdict.final == pytest.approx(STEPS, abs=1e-4) and key(verdict.couplings) == key(whole.couplings)
+
+
+def test_a_filtered_target_wants_filtered_drafts(target: LoadedPart, prompts: list[list[int]]) -> None:
+    served = (8, 0.9)
+    contexts = draw(target, prompts, SAMPLES, length=16, anchors=4, steps=STEPS, law_filter=served)
+    assert int((contexts.law(slice(0, 4)) > 0).sum(-1).max()) <= 8
+    subject, _, _ = load_subject(target, target.path, served=(served, (0, 1.0)))
+    verdict = dg.diagnose(subject, contexts)
+    assert [found.hypothesis.name for found in verdict.findings] == ["drafts filtered as the target's law"]
+    assert verdict.final == pytest.approx(STEPS, abs=1e-4)
+    healthy, _, _ = load_subject(target, target.path, served=(served, served))
+    assert dg.diagnose(healthy, contexts).status == "healthy"
+
+
+def test_filters_by_hand() -> None:
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    assert filtered(logits, (2, 1.0)).softmax(-1).tolist() == pytest.approx([4 / 7, 3 / 7, 0, 0])
+    assert filtered(logits, (0, 0.65)).softmax(-1).tolist() == pytest.approx([4 / 7, 3 / 7, 0, 0])
+    assert filtered(logits, (0, 0.75)).softmax(-1).tolist() == pytest.approx([4 / 9, 3 / 9, 2 / 9, 0])
+    assert torch.equal(filtered(logits, (0, 1.0)), logits)
+
+
+def test_a_window_hides_what_is_further_back(target: LoadedPart, contexts: Contexts) -> None:
+    """A window of one: a step sees its own pair alone; one that holds the whole text changes nothing."""
+    subject = eagle_subject(target, toy_record())
+    logits = {
+        size: subject.logits(dataclasses.replace(subject.couplings, windows=(size,)), contexts, slice(0, 4))[0]
+        for size in (None, contexts.tokens.shape[1] + STEPS, 1)
+    }
+    full, wide, own = logits.values()
+    assert torch.equal(full, wide) and not torch.allclose(full, own)
+    other = dataclasses.replace(contexts, tokens=contexts.tokens.clone())
+    other._states, other._final = contexts._states, contexts._final
+    rows = contexts.rows[0].tolist()
+    other.tokens[0, : rows[0] + 1] = 5  # tokens behind the first anchor's own pair
+    for size, same in ((1, True), (None, False)):
+        changed = dataclasses.replace(subject.couplings, windows=(size,))
+        got = subject.logits(changed, other, slice(0, 4))[0]
+        assert torch.allclose(got[0, 0], logits[size][0, 0]) is same
+
+
+def test_a_part_of_each_head_is_turned(target: LoadedPart) -> None:
+    """Half of a head of 8: dimensions 0..3 as a head of 4, the others as they are (partial_rotary_factor)."""
+    subject = eagle_subject(target, toy_record())
+    x = torch.randn(1, 3, 4, subject.config.head_dim)
+    at = torch.arange(3).unsqueeze(0)
+    half = subject._turn(dataclasses.replace(subject.couplings, rotary_share=0.5), x, at)
+    size = subject.config.head_dim // 2
+    angle = torch.arange(3).view(1, 3, 1, 1) * 10000.0 ** -(torch.arange(0, size, 2) / size)
+    low, high = x[..., : size // 2], x[..., size // 2 : size]
+    want = torch.cat(
+        (low * angle.cos() - high * angle.sin(), high * angle.cos() + low * angle.sin(), x[..., size:]), -1
+    )
+    assert torch.allclose(half, want, atol=1e-6)
 
 
 def write_prompts(path: Path, prompts: list[list[int]]) -> Path:
@@ -228,6 +298,8 @@ def test_bad_input_is_one_line(
     for extra, said in (
         (["--samples", "7"], "7 samples are too few"),
         (["--length", "6"], "between 7 and"),
+        (["--top-p", "0"], "top-p above 0"),
+        (["--draft-top-k", "-1"], "top-k is at least 0"),
     ):
         assert cli.main([*base, *extra]) == 2
         err = capsys.readouterr().err
