@@ -38,6 +38,7 @@ class BlockView:
     order_key: Tensor | None = None  # int64 [R, 1]: of the counter generator, for the row (see `rng.key`)
     passes: Tensor | None = None  # int64 [R]: passes that the row has seen in all
     packed: Tensor | None = None  # [M, V]: logits of the masked positions, row by row
+    law: Tensor | None = None  # float32 [M, V]: their softmax; None: made where it is needed
     previous: "BlockView | None" = None  # the pass before; `predicted` is -1 in rows whose block has just begun
 
     @cached_property
@@ -48,16 +49,21 @@ class BlockView:
         return self.spread(self.packed, 0.0)
 
     @cached_property
+    def signals(self) -> tuple[Tensor, Tensor]:
+        """[R, K] each: entropy as a share of log V (0 where nothing is masked), margin (1 where nothing is masked)."""
+        entropy, margin = law_signals(self.required_logits, self.law)
+        both = self.spread(torch.stack((entropy, margin - 1.0), -1), 0.0)
+        return both[..., 0], both[..., 1] + 1.0
+
+    @property
     def margin(self) -> Tensor:
         """[R, K]: probability of the likeliest token minus that of the second; 1 where nothing is masked."""
-        two = self.required_logits.float().softmax(-1).topk(2, -1).values
-        return self.spread(two[:, 0] - two[:, 1], 1.0)
+        return self.signals[1]
 
-    @cached_property
+    @property
     def entropy(self) -> Tensor:
         """[R, K] in nats; 0 where nothing is masked."""
-        logp = self.required_logits.float().log_softmax(-1)
-        return self.spread(-(logp.exp() * logp.clamp_min(torch.finfo(logp.dtype).min)).sum(-1), 0.0)
+        return self.signals[0] * math.log(self.required_logits.shape[-1])
 
     def spread(self, values: Tensor, fill: float) -> Tensor:
         """[M, ...] of the masked positions -> [R, K, ...], `fill` elsewhere."""
@@ -72,7 +78,7 @@ class BlockView:
             for name, value in vars(self).items()
             if name in _BY_ROW and value is not None
         }
-        return replace(self, packed=None, previous=None, **kept)
+        return replace(self, packed=None, law=None, previous=None, **kept)
 
     @property
     def required_logits(self) -> Tensor:
@@ -82,7 +88,7 @@ class BlockView:
         return self.packed
 
 
-_BY_ROW = frozenset(f.name for f in fields(BlockView)) - {"packed", "previous"}
+_BY_ROW = frozenset(f.name for f in fields(BlockView)) - {"packed", "law", "previous"}
 
 
 class CommitRule(Protocol):
@@ -260,8 +266,7 @@ class LearnedFilter:
         config, before = self.net.config, view.previous if self.net.config.reads_previous else None
         entropy = margin = None
         if config.reads_laws:
-            found = law_signals(view.required_logits)
-            entropy, margin = view.spread(found[0], 0.0), view.spread(found[1], 1.0)
+            entropy, margin = view.signals
         if before is None:
             return Signals(view.confidence, view.masked, view.predicted, entropy, margin)
         earlier = Signals(before.confidence, before.masked, before.predicted)

@@ -101,12 +101,13 @@ class CanvasPasses:
     def _partial(self, active: Active, group: Ints) -> _Plan:
         """What rows in the midst of their blocks feed."""
         state, shift = self._state, int(self._net.config.logit_shift)
+        lengths = state.lengths[active.rows[group]][:, None]
         if self._kind == "prefix":
             first = np.maximum(active.start[group] - shift, 0)
-            lengths = state.lengths[active.rows[group]][:, None]
             columns = first[:, None] + np.arange(int((lengths[:, 0] - first).max()))
             return _Plan(group, np.where(columns < lengths, columns, state.width), first)
         columns = active.position[group]
+        columns = np.where(columns < lengths, columns, state.width)  # behind a cut there is nothing to feed
         if shift:  # the states that predict the block stand one position further left
             both = np.concatenate((np.where(columns < state.width, np.maximum(columns - 1, 0), columns), columns), 1)
             both.sort(1)

@@ -17,10 +17,16 @@ from draftsmith.inference.portable import read_net
 
 
 def load_masked_lm(
-    path: str | Path, *, engine: str = "auto", dtype: str = "auto", device: torch.device | str = "cpu"
+    path: str | Path,
+    *,
+    engine: str = "auto",
+    dtype: str = "auto",
+    device: torch.device | str = "cpu",
+    frozen: bool = True,
 ) -> MaskedLM:
-    """The network of an export, or of LLaDA's or Dream's published directory, fused for serving.
+    """The network of an export, or of LLaDA's or Dream's published directory, packed for serving.
 
+    frozen: False keeps the weights readable (to copy or train them), at some speed on a CPU.
     Raises InvalidValue, one line, for files that are not those of one, and for a causal network.
     """
     _native(engine)
@@ -30,7 +36,10 @@ def load_masked_lm(
     else:
         net = read_net(directory, MaskedLM, MaskedLMConfig, dtype=dtype, device=device)
     refuse_causal(net)
-    net.fuse()
+    if frozen:
+        net.pack()
+    else:
+        net.fuse()
     return net
 
 

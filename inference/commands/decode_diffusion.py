@@ -53,7 +53,10 @@ def run(
     if given.filter:
         parts["filter"] = _load(given, given.filter, "filter").part
         found = filter_settings(given.filter, target.path, strict=not given.allow_mismatch)
-        settings = {"rule": "learned_filter"} | _known(name, found) | settings
+        best = _known(name, found) | {"rule": "learned_filter"}
+        if "filter_threshold" in found:  # chosen on validation traces; the rule reads it as its threshold
+            best["threshold"] = found["filter_threshold"]
+        settings = best | settings
     if target.manifest is not None:
         settings = _known(name, target.manifest.couplings.decode_defaults) | settings
     sampling = SamplingParams(**{f.name: getattr(given, f.name) for f in fields(SamplingParams)})

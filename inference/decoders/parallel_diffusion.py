@@ -256,8 +256,8 @@ class ParallelDiffusionDecoder:
             at, position = np.concatenate((at, more[fed])), np.concatenate((position, where[fed]))
         logits = call.passes.logits(active, at, position)
         rows = torch.from_numpy(active.rows).to(logits.device)
-        predicted, confidence = self._choose(call, active, logits, rows, at, position)
-        view = self._view(call, active, rows, logits[:count], predicted[:count], confidence[:count])
+        predicted, confidence, laws = self._choose(call, active, logits, rows, at, position)
+        view = self._view(call, active, rows, logits[:count], laws[:count], predicted[:count], confidence[:count])
         accept = self._rule(view) & view.masked
         none = ~accept.any(-1, keepdim=True)
         accept = accept | (best(self._score(view), view.masked) & none)
@@ -276,7 +276,7 @@ class ParallelDiffusionDecoder:
             still[:count] = ~accepted[at[:count], column]
             cut_at = _likeliest_ends(state, active, at, position, still, predicted, confidence)
         commits = state.commit(active, accepted, tokens, time.perf_counter() - begin, cut_at)
-        call.previous = replace(view, packed=None, previous=None)
+        call.previous = replace(view, packed=None, law=None, previous=None)
         if len(state.rows) < len(active.rows):
             kept = np.flatnonzero(np.isin(active.rows, state.rows))
             if len(kept):
@@ -286,8 +286,8 @@ class ParallelDiffusionDecoder:
 
     def _choose(
         self, call: _Call, active: Active, logits: Tensor, rows: Tensor, at: Ints, position: Ints
-    ) -> tuple[Tensor, Tensor]:
-        """The token that each position [M] would get (-1 where its logits are no law), and its probability."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The token that each position [M] would get (-1 where its logits are no law), its probability, and the law."""
         of = torch.from_numpy(at).to(logits.device)
         ends = None if call.ends is None else call.ends[rows[of]]  # [M, E]
         if ends is not None and self._settings.eos == "forbid":
@@ -295,20 +295,27 @@ class ParallelDiffusionDecoder:
             logits.scatter_(1, torch.where(ends < 0, self._net.config.mask_id, ends), float("-inf"))
         top, predicted = logits.max(-1)
         finite = top.isfinite()
-        score = top
+        laws = logits.softmax(-1)
+        confidence = laws.amax(-1)
         if not self._sampling.greedy:
             passes = torch.from_numpy(active.passes[at]).to(logits.device) * NUM_STREAMS + int(Stream.SAMPLE)
             places = torch.from_numpy(position).to(logits.device)
             u = uniform_from(call.keys[rows[of], 0], places, passes)
             predicted = sample_categorical(law(logits.unsqueeze(0), self._sampling)[0], u)
-            score = logits.gather(1, predicted.unsqueeze(1)).squeeze(1)
-        confidence = (score - logits.logsumexp(-1)).exp_().clamp_(max=1.0)
+            confidence = laws.gather(1, predicted.unsqueeze(1)).squeeze(1)
         if ends is not None and self._settings.eos == "last":
             confidence = confidence.masked_fill((ends == predicted.unsqueeze(1)).any(-1), 0.0)
-        return predicted.masked_fill(~finite, -1), confidence
+        return predicted.masked_fill(~finite, -1), confidence, laws
 
     def _view(
-        self, call: _Call, active: Active, rows: Tensor, logits: Tensor, predicted: Tensor, confidence: Tensor
+        self,
+        call: _Call,
+        active: Active,
+        rows: Tensor,
+        logits: Tensor,
+        laws: Tensor,
+        predicted: Tensor,
+        confidence: Tensor,
     ) -> BlockView:
         state, device = call.state, logits.device
         masked = torch.from_numpy(active.masked).to(device)
@@ -330,6 +337,7 @@ class ParallelDiffusionDecoder:
             order_key=call.keys[rows],
             passes=torch.from_numpy(active.passes).to(device),
             packed=logits,
+            law=laws,
             previous=previous,
         )
 

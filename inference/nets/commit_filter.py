@@ -98,13 +98,21 @@ class FilterConfig:
         return self.equivariant and any(name in self.features for name in ("agreement", "gain"))
 
 
-def law_signals(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """(entropy over log V, margin) of logits [..., V], in float32."""
-    logp = torch.log_softmax(logits.float(), -1)
-    p = logp.exp()
-    entropy = -(p * logp.clamp_min(-1e4)).sum(-1) / math.log(logits.shape[-1])
-    best = p.topk(2, -1).values
-    return entropy, best[..., 0] - best[..., 1]
+def law_signals(logits: Tensor, law: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(entropy over log V, margin) of logits [..., V], in float32; law: their softmax, where it is there already.
+
+    Few operators, all of them vectorised: a decoder calls this in every pass (topk and logsumexp are several times
+    dearer on a CPU).
+    """
+    p = logits.float().softmax(-1) if law is None else law
+    # log p + log of the largest; finite, since 0 * -inf would be NaN
+    below = (logits.float() - logits.amax(-1, keepdim=True).float()).clamp_min_(-1e30)
+    first = p.amax(-1, keepdim=True)
+    entropy = -first.squeeze(-1).log() - torch.linalg.vecdot(p, below)
+    leads = p == first
+    second = p.masked_fill(leads, 0.0).amax(-1)
+    margin = torch.where(leads.sum(-1) > 1, 0.0, first.squeeze(-1) - second)
+    return entropy.clamp_min(0.0) / math.log(logits.shape[-1]), margin
 
 
 def check_confidence(confidence: Tensor) -> None:
@@ -149,10 +157,11 @@ def _all_features(wanted: tuple[str, ...], signals: Signals) -> dict[str, Tensor
         made["rank"] = torch.empty_like(one).scatter_(-1, order, place / width) * hidden
         doubt = ((1 - one) * hidden).gather(-1, order).cumsum(-1)
         made["risk"] = torch.empty_like(one).scatter_(-1, order, doubt) * hidden
-    made["left"], made["right"] = F.pad(one[:, :-1], (1, 0), value=1.0), F.pad(one[:, 1:], (0, 1), value=1.0)
+    around = F.pad(one, (1, 1), value=1.0)
+    made["left"], made["right"] = around[:, :-2], around[:, 2:]
     if "same_left" in wanted or "same_right" in wanted:
-        same = (signals.predicted[:, 1:] == signals.predicted[:, :-1]).float()
-        made["same_left"], made["same_right"] = F.pad(same, (1, 0)), F.pad(same, (0, 1))
+        same = F.pad((signals.predicted[:, 1:] == signals.predicted[:, :-1]).float(), (1, 1))
+        made["same_left"], made["same_right"] = same[:, :-1], same[:, 1:]
     before = signals.previous
     if before is None:
         zero = torch.zeros_like(one)

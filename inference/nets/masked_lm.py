@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from draftsmith.inference.engine import EngineSpec
-from draftsmith.inference.errors import InvalidValue, unknown_choice
+from draftsmith.inference.errors import InvalidState, InvalidValue, unknown_choice
 from draftsmith.inference.nets.config_json import read_config
-from draftsmith.inference.nets.matrices import Matrix, matrix
+from draftsmith.inference.nets.matrices import Matrix, matrix, packed, suits_one_dnn
 from draftsmith.inference.nets.rope import RopeTable, rope_frequencies
 from draftsmith.inference.nets.transformer import Block, BlockConfig, RMSNorm
 from draftsmith.inference.rng import uniform
@@ -164,7 +164,7 @@ class BidirectionalBlock(Block):
 
     def forward(self, x: Tensor, step: CanvasStep) -> Tensor:  # type: ignore[override]  # another kind of pass
         """x [B*n, D] -> [B*n, D]"""
-        weights = None if torch.is_grad_enabled() else self.weights
+        weights = None if torch.is_grad_enabled() and not self.packed else self.weights
         normed = self.input_layernorm(x)
         a, m = self.self_attn, self.mlp
         if weights is None:  # through the modules, which is where ZeRO-3 gathers parameters
@@ -211,7 +211,8 @@ class MaskedLM(nn.Module):
         self.layers = nn.ModuleList(BidirectionalBlock(block, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.output: Matrix | None = None  # the head, after `fuse`
+        self.output: Matrix | None = None  # the head, after `fuse` or `pack`
+        self.packed = False
         rope = {"rope_type": "default", "rope_theta": config.rope_theta}
         self._rope = RopeTable(partial(rope_frequencies, rope, block.head_dim, config.max_length, config.max_length))
         if config.tied:
@@ -243,7 +244,32 @@ class MaskedLM(nn.Module):
             layer.fuse()  # type: ignore[operator]  # a ModuleList is typed as a list of Module
         self.output = matrix(self.lm_head.weight, None)
 
+    def pack(self) -> None:
+        """Fuse, and on the CPU in float32 re-lay the large matrices for oneDNN, in place of their parameters.
+
+        From then on the network can be run, but its weights can be neither read nor changed.
+        """
+        for layer in self.layers:
+            layer.pack()  # type: ignore[operator]
+            self.packed = self.packed or bool(layer.packed)
+        if not self.config.tied and suits_one_dnn(self.lm_head.weight):
+            self.output = packed(self.lm_head.weight, None)
+            self.lm_head.register_parameter("weight", None)
+            self.packed = True
+        else:  # a tied head is the embedding, which has to stay readable
+            self.output = matrix(self.lm_head.weight, None)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of every module. Raises InvalidState for a packed network."""
+        self._check_readable()
+        return super().state_dict(*args, **kwargs)
+
+    def _check_readable(self) -> None:
+        if self.packed:
+            raise InvalidState("this network is packed for serving and has no readable weights: load with frozen=False")
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MaskedLM":
+        self._check_readable()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
         if self.output is not None:  # the parameters' storage was replaced
             self.fuse()
@@ -251,6 +277,7 @@ class MaskedLM(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: a copy's parameters are its own, so it has to fuse anew."""
+        self._check_readable()
         return self.__dict__ | {"output": None}
 
     def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -305,7 +332,7 @@ class MaskedLM(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., D]; the mask's is -inf: it is never an answer."""
-        if self.output is None or torch.is_grad_enabled():
+        if self.output is None or (torch.is_grad_enabled() and not self.packed):
             logits: Tensor = self.lm_head(hidden)
         else:
             logits = self.output(hidden)

@@ -1,5 +1,6 @@
 """The bidirectional network: LLaDA's and Dream's directories against transformers' layers, its cache, ragged rows."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from draftsmith.inference.errors import InvalidValue
+from draftsmith.inference.errors import InvalidState, InvalidValue
 from draftsmith.inference.loader import load
 from draftsmith.inference.nets.masked_lm import CanvasCache, MaskedLM, MaskedLMConfig
 
@@ -220,3 +221,21 @@ def test_conversion_keeps_a_fused_network_right() -> None:
         torch.testing.assert_close(got, want)
         net.embed_tokens.weight.zero_()
         assert float(net.head(got)[..., :MASK].abs().max()) == 0.0  # still tied
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_packed_network_gives_the_same_and_keeps_its_weights_to_itself(tied: bool) -> None:
+    """Large matrices are re-laid: with and without autograd, over a cache; what would read them says so."""
+    torch.manual_seed(0)
+    config = MaskedLMConfig(600, 512, 1, 8, 512, max_length=16, mask_id=599, tied=tied)
+    net = MaskedLM(config).eval().requires_grad_(False)
+    want = net.head(net(ids()))
+    net.pack()
+    assert net.packed
+    torch.testing.assert_close(net.head(net(ids())), want, atol=1e-4, rtol=1e-4)
+    with torch.inference_mode():
+        cache = CanvasCache(config, 2, 12, net.dtype, net.device)
+        torch.testing.assert_close(net.head(net.states(ids(), None, cache)), want, atol=1e-4, rtol=1e-4)
+    for read in (net.state_dict, net.double, lambda: copy.deepcopy(net)):
+        with pytest.raises(InvalidState, match="packed"):
+            read()
