@@ -121,6 +121,30 @@ def test_the_filter_decodes(base: Path, commit_filter: Path) -> None:
 
 
 @pytest.mark.slow
+def test_decode_takes_a_filter_with_its_own_settings(place: Path, base: Path, commit_filter: Path) -> None:
+    """--filter: rule, threshold and block length are the export's, unless --set says otherwise."""
+    from draftsmith.data import segments
+
+    asked = segments.requests(3)
+    lines = [json.dumps({"prompt_ids": list(request.tokens[: segments.PROMPT])}) for request in asked]
+    (place / "prompts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    words = ("decode", "base", "--filter", "filter", "--prompts", "prompts.jsonl", "--max-new-tokens", "24", "--json")
+    out, _ = run(place, *words, "--batch", "3")
+    document = json.loads(out)
+    threshold = filter_settings(commit_filter, base)["filter_threshold"]
+    assert (
+        document["notes"]["rule"].endswith(f"threshold={threshold:g})") and "LearnedFilter" in document["notes"]["rule"]
+    )
+    net, judge = load(base).part, load(commit_filter).part
+    assert isinstance(net, MaskedLM) and isinstance(judge, CommitFilter)
+    settings = ParallelDiffusionSettings(block_length=8, rule="learned_filter", threshold=threshold)
+    want = ParallelDiffusionDecoder(net, settings, filter=judge).decode(asked)
+    assert [row["output_ids"] for row in document["outputs"]] == want.output
+    out, _ = run(place, *words, "--set", "threshold=1", "--set", "eot=none")
+    assert [row["passes"] for row in json.loads(out)["outputs"]] == [24] * 3
+
+
+@pytest.mark.slow
 def test_bad_input_is_one_line(place: Path, base: Path, traces: Path) -> None:
     _, err = run(place, "fit", "-c", "learn2pd/debug", "--run", "bad2", "--model.filter.block_length", "4", code=2)
     assert "the traces have blocks of 8, the filter of 4" in err and "Traceback" not in err
