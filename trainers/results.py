@@ -89,7 +89,7 @@ def misses(figure: Mapping[str, Any]) -> bool:
 
 def _decoders() -> str:
     lines = ["| Decoder | What it does | Keeps the target's law | Parts |", "|---|---|---|---|"]
-    for entry in map(registry.get, registry.names()):
+    for entry in map(registry.get, (*registry.names(), *registry.names("canvas"))):
         unless = " or ".join(f"`{name}`" for name in entry.lossy_settings)
         lossless = ("yes" + (f", unless {unless} is set" if unless else "")) if entry.lossless else "no"
         cells = (f"`{entry.name}`", entry.summary, lossless, ", ".join(entry.needs))
