@@ -42,23 +42,28 @@ def draw_children(law: Tensor, u: Tensor, *, taken: Tensor | None = None, replac
     work = torch.nn.functional.pad(law, (0, _BLOCK - vocab % _BLOCK))  # at least one entry more than V
     if taken is not None:
         work.scatter_(1, taken, 0.0)
-    work = work.view(n, -1, _BLOCK)
-    mass = work.sum(-1, dtype=torch.float64)  # [n, V / block]
-    rows = torch.arange(n, device=law.device)
-    tokens, share = [], []
-    for r in range(k):
-        total = mass.sum(1)
+    work = work.view(-1, _BLOCK)
+    mass = work.sum(-1).double().view(n, -1)  # of blocks; summed in the law's dtype, as accurate as its entries are
+    flat = mass.view(-1)
+    first = torch.arange(n, device=law.device) * mass.shape[1]  # each node's first block
+    blocks, places, chance, left = [], [], [], []
+    for r in range(k):  # few and cheap operations: each costs more in its call than in its work
         block = sample_categorical(mass, u[:, r, 0])
-        inner = work[rows, block]
+        here = first + block
+        inner = work.index_select(0, here)
         at = sample_categorical(inner, u[:, r, 1]).unsqueeze(1)
-        p = inner.gather(1, at).squeeze(1).double()
-        tokens.append((block * _BLOCK + at.squeeze(1)).clamp_max(vocab - 1))
-        share.append(torch.where(total > 0, p / total, 0.0 * total))  # NaN stays NaN
+        blocks.append(block)
+        places.append(at)
+        chance.append(inner.gather(1, at))
+        left.append(mass.sum(1))
         if not replacement and r + 1 < k:
             inner.scatter_(1, at, 0.0)
-            work[rows, block] = inner
-            mass[rows, block] = inner.sum(-1, dtype=torch.float64)
-    return Children(torch.stack(tokens, 1), torch.stack(share, 1))
+            work.index_copy_(0, here, inner)
+            flat.index_copy_(0, here, inner.sum(-1).double())
+    total = torch.stack(left, 1)
+    tokens = (torch.stack(blocks, 1) * _BLOCK + torch.cat(places, 1)).clamp_max(vocab - 1)
+    share = torch.cat(chance, 1).double() / total
+    return Children(tokens, torch.where(total > 0, share, 0.0 * total))  # NaN stays NaN
 
 
 def pick_children(law: Tensor, k: int) -> Children:

@@ -25,8 +25,9 @@ from draftsmith.inference.tree import NO_LAW, Tree
 from draftsmith.inference.tree_calibration import AcceptanceTable, EstimateWatch
 from draftsmith.inference.tree_drawing import NUMBERS, ROOT_SLOT, draw_children, pick_children, slot
 
-_CHUNK = 4  # children drawn at once for a node, used or not
-_AHEAD = 4  # nodes expanded at once by greedy growth: the next one popped and those most likely to follow
+_CHUNK = 4  # children drawn at once for a node, used or not; as many again as it has whenever it runs out
+_AHEAD = 4  # nodes expanded at once by greedy growth: the next one popped and those most likely to follow; and
+_PARTS = 8  # of a large tree an eighth of its nodes, as every call has its price
 _LAYER = 32  # nodes of a layer expanded at once
 _C_RANGE = (1e-5, 0.5)  # of the adaptive threshold
 
@@ -126,7 +127,8 @@ class DySpecPolicy(TreePolicy):
 
         Every call serves the next slot of each row that still grows, so it takes at most `nodes` calls of one.
         """
-        return _AHEAD if columns + _AHEAD <= self.nodes else 1
+        ahead = max(_AHEAD, self.nodes // _PARTS)
+        return ahead if columns + ahead <= self.nodes else 1
 
     def _choose(self, row: _Row, width: int) -> list[int]:
         """The node whose slot comes next and, behind it, the most valuable ones without a law; none: it is finished."""
@@ -195,13 +197,14 @@ class DySpecPolicy(TreePolicy):
             return
         law = _pick(laws, [(b, rows[b].number[node]) for b, _, node in places])
         made = [len(rows[b].drawn[node]) for b, _, node in places]
+        chunk = max(_CHUNK, *made)
         if u is None:
-            found, first = pick_children(law, max(made) + _CHUNK), made
+            found, first = pick_children(law, max(made) + chunk), made
         else:
             wide, most = max(map(len, short)), max(made)
-            numbers = [[[[0] * NUMBERS] * _CHUNK] * wide for _ in rows]
+            numbers = [[[[0] * NUMBERS] * chunk] * wide for _ in rows]
             for (b, j, node), n in zip(places, made, strict=True):
-                keys = (NUMBERS * slot(rows[b].slots[node], n + r) for r in range(_CHUNK))
+                keys = (NUMBERS * slot(rows[b].slots[node], n + r) for r in range(chunk))
                 numbers[b][j] = [[key, key + 1] for key in keys]
             index = host_tensor([[b for b, _, _ in places], [j for _, j, _ in places]], law.device)
             taken = None
@@ -212,7 +215,7 @@ class DySpecPolicy(TreePolicy):
             first = [0] * len(places)
         read = torch.stack([found.tokens.double(), found.share], -1).tolist()  # ids are exact in float64
         for (b, _, node), start, children in zip(places, first, read, strict=True):
-            rows[b].drawn[node] += [(int(token), share) for token, share in children[start : start + _CHUNK]]
+            rows[b].drawn[node] += [(int(token), share) for token, share in children[start : start + chunk]]
 
 
 class DySpecThresholdPolicy(DySpecPolicy):
@@ -265,6 +268,8 @@ def _pick(laws: Sequence[Tensor], places: Sequence[tuple[int, int]]) -> Tensor:
     found = [(*calls[number], b) for b, number in places]
     if len({call for call, _, _ in found}) == 1:
         part = laws[found[0][0]]
+        if [(b, j) for _, j, b in found] == [(b, j) for b in range(part.shape[0]) for j in range(part.shape[1])]:
+            return part.flatten(0, 1)  # all of a call: nothing to copy
         index = host_tensor([[b for _, _, b in found], [j for _, j, _ in found]], part.device)
         return part[index[0], index[1]]
     return torch.stack([laws[call][b, j] for call, j, b in found])
@@ -275,8 +280,12 @@ def _tree(rows: Sequence[_Row], laws: Sequence[Tensor], sampled: bool) -> Tree:
     tokens, parent = [row.tokens for row in rows], [row.parent for row in rows]
     if not sampled:
         return Tree.from_rows(tokens, parent, device)
-    law_row = []
-    for row in rows:
-        inner = set(row.parent)
-        law_row.append([n if i in inner else NO_LAW for i, n in enumerate(row.number)])
-    return Tree.from_rows(tokens, parent, device, torch.cat(list(laws), 1), law_row)
+    # laws that were made ahead and never drawn from are left out: a law is a row of the vocabulary to copy
+    law_row, places = [], []
+    inner = [sorted({i for i in row.parent if i >= 0}) for row in rows]
+    most = max([1, *map(len, inner)])
+    for b, (row, nodes) in enumerate(zip(rows, inner, strict=True)):
+        at = dict(zip(nodes, range(len(nodes)), strict=True))
+        law_row.append([at.get(i, NO_LAW) for i in range(len(row.tokens))])
+        places += [(b, row.number[i]) for i in nodes] + [(b, 0)] * (most - len(nodes))
+    return Tree.from_rows(tokens, parent, device, _pick(laws, places).view(len(rows), most, -1), law_row)
