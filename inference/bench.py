@@ -4,9 +4,10 @@
 states the method. Shape letters: B batch, R repetitions.
 """
 
+import dataclasses
 import datetime
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from draftsmith.inference.errors import InvalidValue
 from draftsmith.inference.forecast import forecast
 from draftsmith.inference.metrics import Estimate, median_estimate, ratio_estimate, summarize, summarize_by_tag
 from draftsmith.inference.peers import PEERS, TransformersPeers, quiet
-from draftsmith.inference.requests import RoundStats, TokenRequest
+from draftsmith.inference.requests import Decoder, RoundStats, TokenRequest
 from draftsmith.inference.sampling import SamplingParams
 
 ENOUGH = 7  # repetitions below which no figure should be published
@@ -30,6 +31,7 @@ MOST_HELD_OUT = 16  # but not more than this
 CALIBRATION_TOKENS = 48  # per request, to time whole rounds for the cost curve,
 CALIBRATION_LENGTHS = (1, 8)  # of these draft lengths,
 CALIBRATION_TURNS = 3  # so often
+OURS = ("plain", "speculative", "speculative_best", "speculative_auto", "prompt_lookup")  # the rows of every bench
 CONSTANT = {"schedule": "constant", "fallback": "never"}
 
 
@@ -69,6 +71,17 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Extra:
+    """A further row of the table: any decoder of the registry with settings of its own."""
+
+    name: str  # of the row; unlike the others'
+    decoder: str
+    settings: Mapping[str, Any]
+    draft: Any = None  # an engine, a drafter or a table, where the decoder takes one
+    vocab_size: int | None = None  # ids that target and this draft share
+
+
+@dataclass(frozen=True)
 class Parts:
     """What is benched, loaded and checked."""
 
@@ -77,6 +90,7 @@ class Parts:
     vocab_size: int | None = None  # ids that target and draft share
     stop_ids: tuple[int, ...] = ()
     training_seconds: float | None = None  # that the draft took, where its manifest says so
+    extras: tuple[Extra, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,6 +130,14 @@ def run(
     tell: Progress = progress or (lambda share, what: None)
     held_out, measured = split_prompts(prompts)
     predicted = make_forecast(parts, held_out, measured, settings, tell)
+    if parts.extras:
+        plain = Contestant("plain", "draftsmith plain", False, _ours("autoregressive", {}, parts, settings))
+        predicted["rows"] = {}
+        for batch in settings.batches:
+            tell(0.0, f"forecast: further rows at batch {batch}")
+            few = dataclasses.replace(settings, repetitions=min(ENOUGH, max(1, len(held_out) // batch)))
+            found = pilot(parts, held_out, few, batch, [plain, *further(parts, settings)])
+            predicted["rows"][str(batch)] = {name: row for name, row in found.items() if name != "plain"}
     if on_forecast is not None:
         on_forecast(predicted)
     blocks = []
@@ -199,11 +221,38 @@ def contestants(
         table.append(Contestant("speculative_auto", "draftsmith speculative, automatic", False, decode))
     label = f"draftsmith prompt lookup, {settings.lookup_tokens} tokens"
     table.append(Contestant("prompt_lookup", label, False, _ours("prompt_lookup", lookup, parts, settings)))
+    table += further(parts, settings)
     if peers is not None:
         for name in PEERS:
             if peers.why_not(name, batch) is None:
                 table.append(Contestant(name, peers.label(name), True, peer(peers, name)))
     return table
+
+
+def further(parts: Parts, settings: BenchSettings) -> list[Contestant]:
+    """The rows of `parts.extras`. Raises InvalidValue for one that is named as another row is."""
+    rows: list[Contestant] = []
+    for extra in parts.extras:
+        if extra.name in {*OURS, *PEERS, *(row.name for row in rows)}:
+            raise InvalidValue(f"the row {extra.name!r} is there already: leave it out, or give it another setting")
+        roles = {"target": parts.target} | ({} if extra.draft is None else {"draft": extra.draft})
+        decoder = registry.build(
+            extra.decoder,
+            roles,
+            sampling=SamplingParams(temperature=settings.temperature),
+            settings=extra.settings,
+            seed=settings.seed,
+            vocab_size=extra.vocab_size or parts.vocab_size,
+        )
+
+        def decode(
+            requests: Sequence[TokenRequest], seed: int, made: Decoder = decoder
+        ) -> tuple[list[list[int]], RoundStats | None]:
+            result = made.decode(requests)
+            return result.output, result.rounds
+
+        rows.append(Contestant(extra.name, f"draftsmith {extra.name}", False, decode))
+    return rows
 
 
 def measure_batch(

@@ -115,6 +115,8 @@ def text(report: Mapping[str, Any]) -> str:
             lines.append(
                 f"  training the draft ({predicted['training_seconds']:.0f} s) is paid back at batch {batch}: {paid}"
             )
+    for batch, rows in predicted.get("rows", {}).items():
+        lines += [f"  batch {batch}: {row['speedup']:.2f}x by {name}" for name, row in rows.items()]
     for block in report["batches"]:
         lines += ["", f"Batch {block['batch']} ({block['requests']} requests of {block['distinct_prompts']} prompts):"]
         lines += table(block)

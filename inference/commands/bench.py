@@ -11,17 +11,31 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from draftsmith.inference import bench, bench_report
-from draftsmith.inference.bench import BenchSettings, Parts, Prompt
+from draftsmith.inference import bench, bench_report, registry
+from draftsmith.inference.bench import BenchSettings, Extra, Parts, Prompt
 from draftsmith.inference.commands._args import CommandParser, parser
+from draftsmith.inference.commands.decode import key_value, with_defaults
 from draftsmith.inference.environment import git, machine, versions
 from draftsmith.inference.errors import InvalidValue, unknown_choice
 from draftsmith.inference.loader import LoadedPart, check_pair, check_role, load
 from draftsmith.inference.manifest import DTYPES
 from draftsmith.inference.peers import TransformersPeers, refit_installed
 from draftsmith.inference.prompts import read_prompts
+from draftsmith.inference.sampling import SamplingParams
 
 SCHEMA = 1
+_FORGETS: dict[str, Any] = {"max_cached_requests": 0}
+# The decoders of --decoder. The same prompts come again in every repetition: what a decoder would remember of them from
+# call to call is switched off, unless the row sets it.
+_EXTRA: dict[str, dict[str, Any]] = {
+    "speculative": {},
+    "prompt_lookup": {},
+    "suffix": _FORGETS,
+    "suffix_tree": _FORGETS,
+    "suffix_hybrid": _FORGETS,
+    "tree": {},
+    "aded": {"adapt": "call"},
+}
 PLOTS = "draftsmith.plots"  # entry points of the training extra: name -> function(report, path)
 SUITES = "draftsmith.suites"  # likewise: name -> main(argv), a command of its own behind `bench EXPORT --suite NAME`
 
@@ -51,12 +65,14 @@ def main(argv: list[str]) -> int:
     target = _load(given, given.target, "target")
     draft = _load(given, given.draft, "draft") if given.draft is not None else None
     stop_ids = () if given.ignore_eos else target.stop_ids
+    extras = tuple(_extra(given, text, target, draft) for text in given.decoder)
     parts = Parts(
         target=target.part,
         draft=draft.part if draft else None,
         vocab_size=check_pair(target, draft, given.allow_mismatch) if draft else target.vocab_size,
         stop_ids=stop_ids,
         training_seconds=draft.manifest.provenance.wall_seconds if draft and draft.manifest else None,
+        extras=extras,
     )
     prompts = [Prompt(tuple(line.ids(target.tokenizer)), line.tag) for line in lines]
     peers = None
@@ -96,12 +112,22 @@ def _parser() -> CommandParser:
         "Time plain, speculative and prompt-lookup decoding beside transformers' own, interleaved in one process,\n"
         "after a forecast from other prompts. The table goes to stdout, progress and warnings to stderr.",
         """draftsmith bench exports/target --draft exports/draft --prompts traffic.jsonl --json bench.json
-        draftsmith bench exports/target --draft exports/draft --prompts traffic.jsonl --batch 1,8,16 --png bench.png""",
+        draftsmith bench exports/target --draft exports/draft --prompts traffic.jsonl --batch 1,8,16 --png bench.png
+        draftsmith bench exports/target --prompts traffic.jsonl --decoder suffix --decoder aded@table,nodes=16
+        draftsmith bench exports/target --prompts traffic.jsonl --decoder tree@exports/eagle,policy=eagle2""",
     )
     made.add_argument("target", metavar="TARGET", help="export or Hugging Face directory of the target")
     made.add_argument("--draft", metavar="DIR", help="export or Hugging Face directory of the draft")
     made.add_argument(
         "--suite", metavar="NAME", help="run tasks in place of timings; its options: bench EXPORT --suite NAME --help"
+    )
+    made.add_argument(
+        "--decoder",
+        action="append",
+        default=[],
+        metavar="NAME[@DIR][,KEY=VALUE...]",
+        help="a further row: a decoder with its draft (default: that of --draft, where it needs one) and its settings; "
+        f"may be repeated. NAME: {', '.join(_EXTRA)}",
     )
     made.add_argument(
         "--prompts",
@@ -187,6 +213,30 @@ def _load(given: argparse.Namespace, path: str, role: str) -> LoadedPart:
     part = load(path, dtype=given.dtype, device=given.device, engine=given.engine, verify=not given.no_verify)
     check_role(part, role)
     return part
+
+
+def _extra(given: argparse.Namespace, text: str, target: LoadedPart, draft: LoadedPart | None) -> Extra:
+    """A row of --decoder: NAME[@DIR][,KEY=VALUE...]."""
+    head, *rest = text.split(",")
+    name, at, path = head.partition("@")
+    if name not in _EXTRA:
+        raise unknown_choice("decoder of a further row", name, _EXTRA)
+    entry = registry.get(name)
+    settings = _EXTRA[name] | dict(key_value(setting, "--decoder") for setting in rest)
+    part = None
+    if at:
+        if "draft" not in (*entry.needs, *entry.optional):
+            raise InvalidValue(f"decoder {name!r} takes no draft: write --decoder {name} without @{path}")
+        part = _load(given, path, "draft")
+    elif "draft" in entry.needs:
+        if draft is None:
+            raise InvalidValue(f"decoder {name!r} needs a draft: write --decoder {name}@DIR, or add --draft DIR")
+        part = draft
+    if part is None:
+        return Extra(text, name, settings)
+    vocab_size = check_pair(target, part, given.allow_mismatch)
+    settings = with_defaults(name, target, part, SamplingParams(temperature=given.temperature), settings)
+    return Extra(text, name, settings, part.part, vocab_size)
 
 
 def _plot_function() -> Callable[[dict[str, Any], Path], None] | None:

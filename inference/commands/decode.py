@@ -107,7 +107,7 @@ def main(argv: list[str]) -> int:
         raise InvalidValue(f"decoder {entry.name!r} takes no draft: leave --draft out, or choose another --decoder")
     if given.batch < 1:
         raise InvalidValue(f"--batch must be at least 1, got {given.batch}")
-    settings = dict(_setting(text) for text in given.set)
+    settings = dict(key_value(text) for text in given.set)
     continues = entry.requests == "tokens" or entry.name == decode_diffusion.DECODER
     if continues == (given.infill is not None):
         raise InvalidValue(
@@ -301,6 +301,17 @@ def _costs(
     return found
 
 
+def with_defaults(
+    name: str, target: LoadedPart, draft: LoadedPart, sampling: SamplingParams, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """The settings with what the draft's manifest found best and the calibration beside it, where none was chosen."""
+    if draft.manifest is not None:
+        known = {setting.name for setting in fields(registry.get(name).settings_type())}
+        found_best = draft.manifest.couplings.decode_defaults  # for the decoder that it was measured with
+        settings = {key: value for key, value in found_best.items() if key in known} | settings
+    return _calibrated(name, target, draft, sampling, settings)
+
+
 def _calibrated(
     name: str, target: LoadedPart, draft: LoadedPart, sampling: SamplingParams, settings: dict[str, Any]
 ) -> dict[str, Any]:
@@ -340,11 +351,11 @@ def _request(given: argparse.Namespace, target: LoadedPart, line: PromptLine, nu
     )
 
 
-def _setting(text: str) -> tuple[str, Any]:
-    """KEY=VALUE; the value is read as JSON (5, 0.3, true, null), else as text."""
+def key_value(text: str, option: str = "--set") -> tuple[str, Any]:
+    """KEY=VALUE; the value is JSON (5, 0.3, true, null), else text. Raises InvalidValue, naming the option."""
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise InvalidValue(f"--set wants KEY=VALUE, got {text!r}: for example --set draft_length=5")
+        raise InvalidValue(f"{option} wants KEY=VALUE, got {text!r}: for example {option} draft_length=5")
     try:
         return key, json.loads(value)
     except ValueError:

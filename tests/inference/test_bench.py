@@ -176,6 +176,40 @@ def on_a_clock(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Contestant], list[
     return [row("plain", 1), row("copies", 8)], asked
 
 
+def test_further_rows_of_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Decoders of any kind beside the usual rows, with their parts and settings, forecast before they are measured."""
+    tree = f"tree@{folder / 'draft'},policy=chain,nodes=3,depth=3"
+    wanted = ["suffix", "suffix_hybrid", "aded,nodes=8", "tree,policy=eagle2,nodes=6,depth=3", tree]
+    more = [word for text in wanted for word in ("--decoder", text)]
+    out = tmp_path / "bench.json"
+    line = command_line(folder, "--no-peers", "--json", str(out), *more)
+    assert command.main(line) == 0
+    shown = capsys.readouterr().out
+    report = json.loads(out.read_text())
+    rows = {row["name"]: row for row in report["batches"][0]["rows"]}
+    assert set(report["forecast"]["rows"]["1"]) == set(wanted) <= set(rows)
+    for text in wanted:
+        assert rows[text]["same_as_plain"]["equal"] == rows[text]["same_as_plain"]["of"] and f"x by {text}" in shown
+    assert rows[tree]["acceptance"]["tau"] == rows["speculative"]["acceptance"]["tau"]  # a chain of three, both of them
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("trees", "decoder of a further row"),
+        ("tree", "decoder 'tree' needs a draft: write --decoder tree@DIR, or add --draft DIR"),
+        ("suffix@x", "decoder 'suffix' takes no draft"),
+        ("suffix,nodes", "--decoder wants KEY=VALUE, got 'nodes'"),
+        ("suffix,nods=3", "setting of decoder 'suffix'"),
+        ("prompt_lookup", "the row 'prompt_lookup' is there already"),
+    ],
+)
+def test_a_further_row_that_cannot_be(folder: Path, capsys: pytest.CaptureFixture[str], text: str, why: str) -> None:
+    line = command_line(folder, "--no-peers", "--decoder", text, draft=False)
+    assert run_main(command.main, line, "draftsmith bench") == 2
+    assert why in capsys.readouterr().err
+
+
 def test_a_forecast_of_its_own_prompts_for_every_repetition(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the prompts differ by is in it: half of them gain 8, and the forecast is of all of them together."""
     table, asked = on_a_clock(monkeypatch)
