@@ -36,7 +36,7 @@ from draftsmith.inference.requests import TokenRequest
 
 LONGEST = 8  # drafted tokens of a round that the filter learns from
 TOKENS = 48
-LEARNED, TUNED, MEASURED = 64, 16, 32  # prompts
+LEARNED, TUNED, MEASURED = 48, 8, 24  # prompts
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def run(demo: Path) -> dict[str, Any]:
     """Learn, tune, measure; the report."""
     target_path = demo / "exports" / "target"
     target, draft = load(target_path).part, load(demo / "exports" / "draft").part
-    every = prompts(target_path, Effort(prompts=LEARNED + TUNED + MEASURED, tokens=TOKENS))
+    every = prompts(target_path, LEARNED + TUNED + MEASURED, Effort(tokens=TOKENS))
     learned, tuned, measured = every[:LEARNED], every[LEARNED : LEARNED + TUNED], every[LEARNED + TUNED :]
     config = FilterConfig(LONGEST, features=CAUSAL, window=0, hidden=16)
     begin = time.perf_counter()

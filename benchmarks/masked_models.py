@@ -1,7 +1,7 @@
 """The two masked diffusion models that rules of parallel decoding are judged on, with a Learn2PD filter for each.
 
 Run from the repository's root; what is there is kept, what is missing is trained (segments: about two minutes of one
-core; code: about ten, and a few more for traces and filter):
+core; code: about ten, half of them for the autoregressive model that it starts from, and a few for traces and filter):
 
     python -m benchmarks.masked_models segments
     python -m benchmarks.masked_models code
@@ -33,6 +33,7 @@ from draftsmith.trainers.training import build_data
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE_PROMPT, CODE_ANSWER = 32, 128
+CODE_TRACED = 32  # holes of a traced prompt: one block, so that hundreds of prompts are traced in minutes
 TRACED = {"segments": 3000, "code": 384}  # prompts
 LIMIT = 3600.0  # seconds of one command
 
@@ -101,12 +102,24 @@ def make(name: str, place: Path = ROOT / "runs", *, filters: bool = True) -> Mod
         raise InvalidState(f"run folders lie below a folder named runs, got {place}")
     models = Models(name, place / f"masked-{name}")
     if not models.base.is_dir():
-        command(place, "fit", "-c", f"masked_lm/{name}", "--run", models.run.name)
+        command(place, "fit", "-c", f"masked_lm/{name}", "--run", models.run.name, *_start(models))
         command(place, "export", str(models.run), str(models.base))
     if filters and not models.filter.is_dir():
         make_traces(models)
         make_filter(models)
     return models
+
+
+def _start(models: Models) -> list[str]:
+    """Of the code model: the autoregressive one that it starts from, trained if it is missing."""
+    if models.name != "code":
+        return []
+    run = models.run.parent / "masked-code-ar"
+    export = run / "exports" / "lm"
+    if not export.is_dir():
+        command(run.parent, "fit", "-c", "lm/code", "--run", run.name)
+        command(run.parent, "export", str(run), str(export))
+    return [f"--model.init_from={export}"]
 
 
 def make_traces(models: Models) -> float:
@@ -118,7 +131,7 @@ def make_traces(models: Models) -> float:
     else:
         prompts = models.run / "trace-prompts.jsonl"
         prompts.write_text("".join(json.dumps({"prompt_ids": ids}) + "\n" for ids in training_prompts()), "utf-8")
-        words += ["--prompts", str(prompts), "--answer-length", str(CODE_ANSWER), "--batch", "32"]
+        words += ["--prompts", str(prompts), "--answer-length", str(CODE_TRACED), "--batch", "32"]
     command(models.run.parent, "trace", "learn2pd", str(models.base), str(models.traces), *words)
     return time.perf_counter() - begin
 

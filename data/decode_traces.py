@@ -26,7 +26,7 @@ from draftsmith.inference.canvas import CanvasDecoder, CanvasRequest
 from draftsmith.inference.errors import InvalidState, InvalidValue
 from draftsmith.inference.nets.commit_filter import law_signals
 from draftsmith.inference.nets.masked_lm import MaskedLM
-from draftsmith.inference.rng import Stream, uniform
+from draftsmith.inference.rng import NUM_STREAMS, Stream, uniform
 
 SETTINGS = "traces.json"
 NO_TOKEN = -1  # `predicted` behind the end of a cut block
@@ -34,7 +34,7 @@ NO_TOKEN = -1  # `predicted` behind the end of a cut block
 
 @dataclass(frozen=True)
 class Traces:
-    """R passes, ordered by prompt, block and step."""
+    """R passes, ordered by prompt, run, block and step."""
 
     confidence: Tensor  # float16 [R, W]; of the argmax
     entropy: Tensor  # float16 [R, W]; over log V
@@ -45,6 +45,7 @@ class Traces:
     prompt: Tensor  # int64 [R]; the request's number
     block: Tensor  # int32 [R]
     step: Tensor  # int32 [R]; passes in this block before this one
+    run: Tensor  # int32 [R]; 0: the oracle; others explore (see `trace`)
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -55,8 +56,8 @@ class Traces:
 
     @property
     def passes(self) -> dict[int, int]:
-        """Passes of each prompt."""
-        prompts, counts = np.unique(self.prompt.numpy(), return_counts=True)
+        """Passes of the oracle for each prompt."""
+        prompts, counts = np.unique(self.prompt[self.run == 0].numpy(), return_counts=True)
         return dict(zip(prompts.tolist(), counts.tolist(), strict=True))
 
     def arrays(self) -> dict[str, Tensor]:
@@ -70,17 +71,23 @@ class Traces:
         if len({part.block_length for part in parts}) > 1:
             raise InvalidValue("traces of several block lengths lie together: give one directory for each")
         columns = {f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)}
-        order = np.lexsort([columns[name].numpy() for name in ("step", "block", "prompt")])
+        order = np.lexsort([columns[name].numpy() for name in ("step", "block", "run", "prompt")])
         return cls(**{name: column[torch.from_numpy(order)] for name, column in columns.items()})
 
 
 @torch.no_grad()
 def trace(
-    net: MaskedLM, requests: Sequence[CanvasRequest], references: Sequence[Sequence[int]], block_length: int
+    net: MaskedLM,
+    requests: Sequence[CanvasRequest],
+    references: Sequence[Sequence[int]],
+    block_length: int,
+    run: int = 0,
 ) -> tuple[Traces, list[list[int]]]:
     """(records of the oracle's passes, the tokens that it wrote into the holes) of one batch of requests.
 
-    Args: references: y of each request, the tokens of its holes.
+    Args: references: y of each request, the tokens of its holes. run: 0 is the oracle; another number explores: of what
+    is final only a random share is committed, another one in each pass, at least one. A filter is more careful than the
+    oracle, so its passes see canvases that the oracle's never do.
     Raises InvalidValue for holes that are not the end of their canvas, InvalidState for a y that leaves holes.
     """
     mask_id, rows = net.config.mask_id, len(requests)
@@ -98,7 +105,7 @@ def trace(
         wanted[row, begins[row] : len(request.tokens)] = torch.tensor(reference)
     block, step = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
     found: list[Traces] = []
-    live = torch.arange(rows)
+    live, passes = torch.arange(rows), 0
     while len(live):
         start = first[live] + block[live] * block_length
         place = start.unsqueeze(1) + torch.arange(block_length)
@@ -124,9 +131,13 @@ def trace(
                 prompt=torch.tensor([requests[row].row_id for row in live.tolist()]),
                 block=block[live].int(),
                 step=step[live].int(),
+                run=torch.full((len(live),), run, dtype=torch.int32),
             )
         )
         commit = masked & label
+        if run:
+            commit &= _explored(commit, best.values.cpu(), [requests[row].row_id for row in live.tolist()], passes, run)
+            passes += 1
         commit = torch.where(commit.any(1, keepdim=True), commit, masked)  # the escape
         at_row, at_column = commit.nonzero(as_tuple=True)
         canvas[live[at_row], place[at_row, at_column]] = goal[at_row, at_column]
@@ -135,6 +146,14 @@ def trace(
         live = live[first[live] + block[live] * block_length < lengths[live]]
     written = [canvas[row, begins[row] : len(request.tokens)].tolist() for row, request in enumerate(requests)]
     return Traces.joined(found), written
+
+
+def _explored(final: Tensor, confidence: Tensor, row_ids: list[int], passes: int, run: int) -> Tensor:
+    """bool [B, W]: a random share of what is final, and the most confident of it."""
+    rows = torch.tensor(row_ids).unsqueeze(1)
+    draw = uniform(run, rows, torch.arange(final.shape[1] + 1), int(Stream.DATA) + NUM_STREAMS * (passes + 1))
+    surest = confidence.masked_fill(~final, -1.0).argmax(1, keepdim=True)
+    return (draw[:, 1:] < draw[:, :1]) | torch.zeros_like(final).scatter_(1, surest, True)
 
 
 def _first_hole(request: CanvasRequest) -> int:
@@ -176,12 +195,14 @@ def write_traces(
     *,
     block_length: int,
     batch: int,
+    explored: int = 0,
     rank: int = 0,
     ranks: int = 1,
 ) -> Iterator[Tally]:
     """Trace this rank's prompts that are still missing, a shard per `batch` of them; the running tally after each.
 
     answers: y of requests, all their holes filled by the standard decode (one token a pass); see `whole_answers`.
+    explored: further runs over every prompt that explore (see `trace`).
     """
     out.mkdir(parents=True, exist_ok=True)
     mine = [requests[i] for i in range(rank, len(requests), ranks)]
@@ -192,13 +213,15 @@ def write_traces(
         if path.exists():
             tally.before += len(asked)
             continue
-        traces, _ = trace(net, asked, answers(asked), block_length)
+        references = answers(asked)
+        traces = Traces.joined([trace(net, asked, references, block_length, run)[0] for run in range(explored + 1)])
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         save_file(traces.arrays(), temporary, metadata={"prompts": str(len(asked))})
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.rename(path)
-        tally.passes = (tally.passes * tally.prompts + len(traces)) / (tally.prompts + len(asked))
+        oracle = sum(traces.passes.values())
+        tally.passes = (tally.passes * tally.prompts + oracle) / (tally.prompts + len(asked))
         tally.prompts += len(asked)
         tally.records += len(traces)
         yield tally
@@ -241,7 +264,9 @@ class TraceSamples:
         labels = traces.label[self.rows][traces.masked[self.rows].bool()]
         if not len(labels) or bool((labels == labels[0]).all()):
             raise InvalidValue(f"all labels equal in the {side} traces: raise G or add prompts")
-        same = (traces.prompt[1:] == traces.prompt[:-1]) & (traces.block[1:] == traces.block[:-1])
+        same = torch.ones(len(traces) - 1, dtype=torch.bool)
+        for column in (traces.prompt, traces.run, traces.block):
+            same &= column[1:] == column[:-1]
         self.follows = torch.cat((torch.zeros(1, dtype=torch.bool), same))  # row r - 1 is the pass before row r
 
     def __len__(self) -> int:

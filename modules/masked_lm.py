@@ -9,17 +9,21 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torchmetrics import Metric
 
 from draftsmith.data.batches import CanvasBatch
 from draftsmith.inference import manifest
+from draftsmith.inference.checkpoint import read_json, weight_files
 from draftsmith.inference.errors import InvalidState, InvalidValue, unknown_choice
 from draftsmith.inference.likelihood_bound import exact_count_mask, likelihood_bound
+from draftsmith.inference.load_masked import load_masked_lm
 from draftsmith.inference.nets.masked_lm import MaskedLM, MaskedLMConfig
 from draftsmith.inference.rng import NUM_STREAMS, Stream, uniform
 from draftsmith.modules.export_spec import ExportSpec
@@ -29,6 +33,7 @@ from draftsmith.modules.optim import FiniteGuard, OptimConfig, build_optimizer, 
 
 OBJECTIVES = ("exact_count", "inverse_t")
 DEFAULT_OPTIM = OptimConfig()
+CAUSAL = ("llama", "mistral", "qwen2")  # model types that `init_from` can turn into a bidirectional network
 _META = "draftsmith"  # key of our own entry in a checkpoint
 _NEVER = -1e30  # the mask id's logit in the loss: finite, since 0 * infinity would be NaN in a gradient
 _NOISE, _LEVEL, _CROP = (int(Stream.DATA) + NUM_STREAMS * i for i in range(3))
@@ -106,6 +111,32 @@ def corrupt(batch: CanvasBatch, config: DiffusionConfig, seed: int, step: int, r
     return Corruption(lengths, masked, (masked * weight.unsqueeze(1)).float(), (n > 0).sum())
 
 
+@torch.no_grad()
+def from_causal(net: MaskedLM, path: Path) -> None:
+    """Fill `net` with the weights of an autoregressive Llama-like model, which keeps predicting one position further.
+
+    Ids that the model does not have (the mask) begin as the mean of those that it has. Raises InvalidValue for a
+    network that is not of the same sizes, has learned positions, or does not shift its logits.
+    """
+    if not net.config.logit_shift or net.config.positions != "rope":
+        raise InvalidValue(
+            f"{path} is autoregressive: its state at a position predicts the next one; set model.net.logit_shift true "
+            "and model.net.positions rope"
+        )
+    tensors = {k.removeprefix("model."): v for file in weight_files(path) for k, v in load_file(file).items()}
+    if "lm_head.weight" not in tensors:
+        tensors["lm_head.weight"] = tensors["embed_tokens.weight"]
+    for name, place in net.state_dict().items():
+        if name not in tensors:
+            raise InvalidValue(f"{path} lacks {name}: it is of another architecture than model.net")
+        given = tensors[name].float()
+        if name in ("embed_tokens.weight", "lm_head.weight") and len(given) <= len(place):
+            given = torch.cat((given, given.mean(0, keepdim=True).expand(len(place) - len(given), -1)))
+        if given.shape != place.shape:
+            raise InvalidValue(f"{path}: {name} is {list(given.shape)}, this run's {list(place.shape)}: see model.net")
+        place.copy_(given)
+
+
 class BoundMeans(Metric):
     """Mean bound, bound per token and accuracy over the samples of all batches and ranks."""
 
@@ -144,6 +175,7 @@ class MaskedDiffusion(pl.LightningModule):
         net: MaskedLMConfig,
         diffusion: DiffusionConfig = DEFAULT_DIFFUSION,
         optim: OptimConfig = DEFAULT_OPTIM,
+        init_from: str | None = None,
         chunk_rows: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -153,6 +185,8 @@ class MaskedDiffusion(pl.LightningModule):
             net: the network's sizes and special ids.
             diffusion: what is masked, and how it is weighted.
             optim: AdamW and its schedule.
+            init_from: weights to start from, of the same sizes: an export, LLaDA's or Dream's directory, or an
+                autoregressive Llama-like model (then with `logit_shift`, as Dream was made).
             chunk_rows: positions that go through the head at once; null chooses.
             seed: of crops and masks.
         """
@@ -162,12 +196,13 @@ class MaskedDiffusion(pl.LightningModule):
         self.optim = OptimConfig.of(optim)
         if chunk_rows is not None and chunk_rows < 1:
             raise InvalidValue(f"chunk_rows must be at least 1, got {chunk_rows}")
-        self.chunk_rows, self.seed = chunk_rows, seed
+        self.init_from, self.chunk_rows, self.seed = init_from, chunk_rows, seed
         self.save_hyperparameters(
             {
                 "net": dataclasses.asdict(self.config),
                 "diffusion": dataclasses.asdict(self.diffusion),
                 "optim": dataclasses.asdict(self.optim),
+                "init_from": init_from,
                 "chunk_rows": chunk_rows,
                 "seed": seed,
             }
@@ -180,8 +215,33 @@ class MaskedDiffusion(pl.LightningModule):
 
     def configure_model(self) -> None:
         """Build the network (once), inside the strategy's context so that sharding strategies shard at birth."""
-        if self.net is None:
-            self.net = MaskedLM(self.config)
+        if self.net is not None:
+            return
+        net = MaskedLM(self.config)
+        if self.init_from is not None and net.device.type != "meta":
+            self._start_from(net, self.init_from)
+        self.net = net
+
+    def _start_from(self, net: MaskedLM, path: str) -> None:
+        """Raises InvalidValue for a network of other sizes, and under ZeRO-3, where parameters are in pieces by now."""
+        if getattr(self._trainer, "strategy", None) is not None and getattr(self.trainer.strategy, "stage", 0) == 3:
+            raise InvalidValue("model.init_from cannot fill parameters that ZeRO-3 has cut: take zero2")
+        if read_json(Path(path) / "config.json").get("model_type") in CAUSAL:
+            from_causal(net, Path(path))
+            return
+        found = load_masked_lm(path, dtype="float32", frozen=False)
+        for name in (field.name for field in dataclasses.fields(MaskedLMConfig)):
+            mine, theirs = getattr(self.config, name), getattr(found.config, name)
+            if mine != theirs and name not in ("max_length", "norm_eps"):
+                raise InvalidValue(f"{path} has {name} {theirs}, this run {mine}: set model.net.{name} to {theirs}")
+        state = found.state_dict()
+        table = state.get("embed_positions.weight")
+        if table is not None and len(table) != self.config.max_length:
+            raise InvalidValue(
+                f"{path} has {len(table)} learned positions, this run {self.config.max_length}: set "
+                f"model.net.max_length to {len(table)}"
+            )
+        net.load_state_dict(state)
 
     def configure_optimizers(self) -> Any:
         return build_optimizer(self.named_parameters(), self.optim, self.trainer.estimated_stepping_batches)

@@ -41,6 +41,11 @@ def _parser() -> CommandParser:
     made.add_argument("--answer-length", type=int, metavar="G", help="holes behind a prompt (default: 24 of segments)")
     made.add_argument("--block-length", type=int, metavar="BL", help="default: as the base's manifest says")
     made.add_argument("--batch", type=int, default=64, metavar="B", help="prompts of a shard (default: 64)")
+    made.add_argument(
+        "--explored", type=int, default=1, metavar="N",
+        help="further runs over each prompt in which only a part of what is final is committed: what a careful filter "
+        "will meet (default: 1; 0: the oracle alone, as published)",
+    )  # fmt: skip
     made.add_argument("--seed", type=int, default=0, help="of the segments task (default: 0)")
     made.add_argument("--dtype", choices=DTYPES, help="to compute in (default: as the weights are stored)")
     made.add_argument("--device", default="cpu", help="for example cuda (default: cpu)")
@@ -57,8 +62,11 @@ def main(argv: list[str]) -> int:
         raise InvalidType(f"{given.base} is of kind {base.kind!r}: filters are trained for a masked diffusion model")
     stated = {} if base.manifest is None else base.manifest.couplings.decode_defaults
     block_length = given.block_length or stated.get("block_length", 32)
-    if given.batch < 1 or block_length < 1:
-        raise InvalidValue(f"--batch and --block-length must be at least 1, got {given.batch}, {block_length}")
+    if given.batch < 1 or block_length < 1 or given.explored < 0:
+        raise InvalidValue(
+            f"--batch and --block-length must be at least 1 and --explored at least 0, got {given.batch}, "
+            f"{block_length} and {given.explored}"
+        )
     requests = _requests(given, base, net)
     settings = {
         "base": str(given.base.absolute()),
@@ -70,6 +78,7 @@ def main(argv: list[str]) -> int:
         "decode": {"block_length": block_length, "temperature": 0.0, "rule": "low_confidence"},
         "ranks": ranks,
         "batch": given.batch,
+        "explored": given.explored,
     }
     claim(given.out, settings, name=SETTINGS)
     standard = {"rule": "low_confidence", "block_length": block_length, "eot": "none"}  # all holes, to the end
@@ -81,6 +90,7 @@ def main(argv: list[str]) -> int:
         partial(whole_answers, decoder),
         block_length=block_length,
         batch=given.batch,
+        explored=given.explored,
         rank=rank,
         ranks=ranks,
     ):

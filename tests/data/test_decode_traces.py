@@ -88,6 +88,22 @@ def test_guarantee_3_the_oracle_writes_the_reference_in_no_more_passes(net: Mask
             assert label.all() or not (masked & label).any()
 
 
+def test_exploring_runs_write_the_same_text_in_more_passes(net: MaskedLM) -> None:
+    asked = requests(12)
+    references = [one_by_one(net, r) for r in asked]
+    oracle, _ = trace(net, asked, references, W)
+    wandering, written = trace(net, asked, references, W, run=1)
+    assert written == references and len(wandering) > len(oracle)
+    both = Traces.joined([oracle, wandering])
+    assert both.passes == oracle.passes
+    samples = TraceSamples(both, validation=False, val_fraction=0.3, seed=0)
+    batch = samples.fetch(range(len(samples)))
+    rows = torch.from_numpy(samples.rows)
+    assert torch.equal(batch.follows.bool(), both.step[rows] > 0)  # runs are never mixed
+    for name in ("masked", "label"):
+        assert torch.equal(getattr(batch, name), getattr(both, name)[rows])
+
+
 def test_records_do_not_depend_on_the_batch(net: MaskedLM) -> None:
     asked = requests(4)
     references = [one_by_one(net, r) for r in asked]

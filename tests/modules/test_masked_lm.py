@@ -1,17 +1,23 @@
 """Masked diffusion: the bound by enumeration, both objectives equal in expectation, crops, masks, bad input."""
 
+import dataclasses
+import json
 import math
 from itertools import combinations, permutations
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from draftsmith.data.batches import CanvasBatch
+from draftsmith.inference import load
 from draftsmith.inference.errors import InvalidState, InvalidValue
 from draftsmith.inference.likelihood_bound import exact_count_mask, likelihood_bound
 from draftsmith.inference.nets.masked_lm import MaskedLM, MaskedLMConfig
+from draftsmith.inference.portable import write_net
 from draftsmith.modules.masked_lm import BoundMeans, DiffusionConfig, MaskedDiffusion, corrupt
+from tests.tiny import write_lm
 
 V, MASK, L = 12, 11, 8
 CONFIG = MaskedLMConfig(V, 16, 2, 2, 32, L, mask_id=MASK, eos_id=10)
@@ -210,6 +216,56 @@ def test_exact_counts() -> None:
     noise = torch.tensor([[0.3, 0.1, 0.2, 0.0]])
     maskable = torch.tensor([[True, True, True, False]])
     assert exact_count_mask(noise, maskable, torch.tensor([2])).tolist() == [[False, True, True, False]]
+
+
+def test_a_run_starts_from_an_export(tmp_path: Path) -> None:
+    old = module()
+    write_net(old._built(), torch.float32, tmp_path)
+    new = MaskedDiffusion(CONFIG, init_from=str(tmp_path))
+    new.configure_model()
+    for name, tensor in old._built().state_dict().items():
+        assert torch.equal(new._built().state_dict()[name], tensor), name
+    wide = MaskedDiffusion(dataclasses.replace(CONFIG, hidden_size=32), init_from=str(tmp_path))
+    with pytest.raises(InvalidValue, match="has hidden_size 16, this run 32"):
+        wide.configure_model()
+    longer = MaskedDiffusion(dataclasses.replace(CONFIG, max_length=9), init_from=str(tmp_path))
+    with pytest.raises(InvalidValue, match="has 8 learned positions, this run 9"):
+        longer.configure_model()
+
+
+def test_an_autoregressive_model_becomes_one(tmp_path: Path) -> None:
+    """Of one layer, the state of the last position is that of the causal model: nothing stands behind it."""
+    path = write_lm(tmp_path / "lm", vocab_size=300, width=64, layers=1)
+    known = json.loads((path / "config.json").read_text())
+    config = MaskedLMConfig(
+        vocab_size=301,
+        hidden_size=64,
+        num_layers=1,
+        num_heads=known["num_attention_heads"],
+        intermediate_size=known["intermediate_size"],
+        max_length=32,
+        mask_id=300,
+        logit_shift=True,
+        positions="rope",
+        num_kv_heads=known["num_key_value_heads"],
+        norm_eps=known["rms_norm_eps"],
+        tied=known["tie_word_embeddings"],
+    )
+    made = MaskedDiffusion(config, init_from=str(path))
+    made.configure_model()
+    engine = load(path).part
+    ids = torch.randint(0, 300, (2, 6))
+    with torch.no_grad():
+        hidden, _ = engine.forward(ids)
+        before = engine.head(hidden)[:, -1]
+        after = made._built().head(made._built().states(ids))[:, -1, :300]
+    assert torch.allclose(before, after, atol=1e-4)
+    plain = MaskedDiffusion(dataclasses.replace(config, logit_shift=False), init_from=str(path))
+    with pytest.raises(InvalidValue, match=r"is autoregressive.*set model.net.logit_shift true"):
+        plain.configure_model()
+    wide = MaskedDiffusion(dataclasses.replace(config, hidden_size=32, num_heads=2), init_from=str(path))
+    with pytest.raises(InvalidValue, match=r"is \[\d+, 64\], this run's"):
+        wide.configure_model()
 
 
 @pytest.mark.parametrize(
