@@ -237,7 +237,10 @@ def read_traces(directory: Path) -> tuple[Traces, dict[str, Any]]:
     parts = []
     for path in paths:
         try:
-            parts.append(Traces(**load_file(path)))
+            columns = load_file(path)
+            if "step" in columns:  # shards from before there were exploring runs are the oracle's
+                columns.setdefault("run", torch.zeros_like(columns["step"]))
+            parts.append(Traces(**columns))
         except (SafetensorError, OSError, TypeError) as error:
             raise InvalidValue(f"{path} is no shard of decode traces ({error}): remove it, and trace again") from None
     try:
