@@ -22,8 +22,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draftsmith.data.batches import PADDING, TokenBatch, check_field
+from draftsmith.data.batches import PADDING, TokenBatch
 from draftsmith.data.corpus import CorpusConfig
+from draftsmith.data.state_formats import (
+    FORMATS,
+    StateBatch,
+    decode,
+    encode,
+    law_errors,
+    law_gap,
+    state_errors,
+    top_laws,
+)
 from draftsmith.data.text import TextConfig, TextDataModule
 from draftsmith.data.token_store import PackedTokens
 from draftsmith.inference.checkpoint import sha256
@@ -34,47 +44,11 @@ from draftsmith.inference.load_engine import load_engine
 from draftsmith.inference.nets.eagle_head import default_aux_layers
 from draftsmith.inference.nets.masks import additive
 
-FORMATS = ("int8", "bfloat16")
 _VERSION = 1
 _SHARD_BYTES = 2**28
 _BATCH = 8  # samples of one pass of the target
 _SAMPLE = 4  # samples that are compared with a plain pass
 _INDEX = "states.json"
-
-
-@dataclass(eq=False, kw_only=True)
-class StateBatch(TokenBatch):
-    """Packed tokens with the target's states, as integers (contract 12)."""
-
-    states: Tensor  # int8 [B, T, n, D], or int16 (bit patterns of bfloat16)
-    scale_bits: Tensor  # int32 [B, T, n]: bit patterns of float32; 0 for bfloat16
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        batch, time = self.ids.shape
-        if self.states.ndim != 4 or self.states.shape[:2] != (batch, time):
-            raise InvalidValue(f"StateBatch.states must be [{batch}, {time}, n, D], got {list(self.states.shape)}")
-        check_field("StateBatch", "scale_bits", self.scale_bits, torch.int32, tuple(self.states.shape[:3]))
-
-    def observed(self) -> tuple[Tensor, Tensor]:
-        """(states read [B, T, (n-1) D], last state [B, T, D]), float32."""
-        states = decode(self.states, self.scale_bits)
-        return states[:, :, :-1].flatten(2), states[:, :, -1]
-
-
-def encode(states: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """(integers [..., n, D], scale bits int32 [..., n]) of float states. int8: a state's largest number becomes 127."""
-    if kind == "bfloat16":
-        return states.bfloat16().view(torch.int16), torch.zeros(states.shape[:-1], dtype=torch.int32)
-    scale = states.float().abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny * 127) / 127
-    return (states.float() / scale.unsqueeze(-1)).round().to(torch.int8), scale.view(torch.int32)
-
-
-def decode(states: Tensor, scale_bits: Tensor) -> Tensor:
-    """The reverse of `encode`, float32."""
-    if states.dtype == torch.int16:
-        return states.view(torch.bfloat16).float()
-    return states.float() * scale_bits.view(torch.float32).unsqueeze(-1)
 
 
 @dataclass(frozen=True)
@@ -84,6 +58,7 @@ class StatesConfig:
     target: str = "exports/target"  # directory of the target
     aux_layers: tuple[int, ...] | None = None  # null: what an EAGLE-3 head reads by default (EAGLE-1: the last layer)
     format: str = "int8"  # one scale a state; bfloat16 takes twice the disk
+    laws: int = 0  # k: of each law the k likeliest tokens are kept; 0: the last state, from which training has the law
     max_gb: float = 50.0  # a larger cache is refused before anything is written
     cache_dir: str = ""  # empty: beside the prepared text
     dtype: str = "auto"  # that the target computes in
@@ -92,6 +67,8 @@ class StatesConfig:
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             raise unknown_choice("states.format", self.format, FORMATS)
+        if self.laws < 0:
+            raise InvalidValue(f"states.laws must be at least 0 (the last state is kept instead), got {self.laws}")
         if self.max_gb <= 0:
             raise InvalidValue(f"states.max_gb must be above 0, got {self.max_gb}")
 
@@ -105,11 +82,12 @@ class Plan:
     states: int  # n
     width: int  # D
     format: str
+    laws: int = 0  # k
 
     @property
     def sample_bytes(self) -> int:
         item = 1 if self.format == "int8" else 2
-        return self.length * self.states * (self.width * item + 4)
+        return self.length * (self.states * (self.width * item + 4) + self.laws * 6)
 
     @property
     def gigabytes(self) -> float:
@@ -125,9 +103,10 @@ class Plan:
         return -(-self.samples // self.shard)
 
     def __str__(self) -> str:
+        laws = f" and {self.laws} tokens of each law" if self.laws else ""
         return (
             f"{self.samples} samples of {self.length} tokens, {self.states} states of width {self.width} in "
-            f"{self.format}: {self.gigabytes:.3g} GB in {self.shards} shards"
+            f"{self.format}{laws}: {self.gigabytes:.3g} GB in {self.shards} shards"
         )
 
     def check(self, place: Path, max_gb: float, written: float = 0.0) -> None:
@@ -179,7 +158,7 @@ def write_states(
     from safetensors.torch import save_file
 
     directory.mkdir(parents=True, exist_ok=True)
-    plan = Plan(len(packed), packed.length, len(layers), engine.spec.hidden_size, config.format)
+    plan = plan_of(len(packed), packed.length, layers, engine, config)
     for number in range(rank, plan.shards, ranks):
         path = directory / f"{number:05d}.safetensors"
         if _whole(path):
@@ -188,28 +167,37 @@ def write_states(
         first, end = number * plan.shard, min((number + 1) * plan.shard, plan.samples)
         for start in range(first, end, _BATCH):
             batch = packed.fetch(range(start, min(start + _BATCH, end)))
-            parts.append(encode(plain_states(engine, batch, layers), config.format))
+            parts.append(_stored(engine, plain_states(engine, batch, layers), config))
         temporary = path.with_suffix(".tmp")
-        save_file({"states": torch.cat([p[0] for p in parts]), "scale": torch.cat([p[1] for p in parts])}, temporary)
+        save_file({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         note = {"sha256": sha256(path), "bytes": path.stat().st_size, "samples": end - first}
         _write_json(path.with_suffix(".json"), note)
-    return _errors(engine, plain_states(engine, packed.fetch(range(min(_BATCH, len(packed)))), layers), config.format)
+    states = plain_states(engine, packed.fetch(range(min(_BATCH, len(packed)))), layers)
+    errors = law_errors(engine, states[:, :, -1], config.format, config.laws)
+    return {"relative_rms": state_errors(_kept(states, config.laws), config.format), **errors}
 
 
-def _errors(engine: Engine, states: Tensor, kind: str) -> dict[str, Any]:
-    """What storing does to states [B, T, n, D]: relative error by layer, and what it does to the target's laws."""
-    stored = decode(*encode(states, kind))
-    gap, size = (stored - states.float()).square().mean((0, 1, 3)), states.float().square().mean((0, 1, 3))
-    last, kept = (x[:, :, -1].to(engine.device, engine.dtype) for x in (states, stored))
-    p, q = (engine.head(x).float().softmax(-1) for x in (last, kept))
-    return {
-        "relative_rms": [round(float(x), 6) for x in (gap / size.clamp_min(1e-30)).sqrt()],
-        "law_tv": float(0.5 * (p - q).abs().sum(-1).mean()),
-        "law_agree": float((p.argmax(-1) == q.argmax(-1)).float().mean()),
-    }
+def plan_of(samples: int, length: int, layers: Sequence[int], engine: Engine, config: StatesConfig) -> Plan:
+    """The plan for so many samples. layers: with the last one, whose states are not kept beside laws."""
+    kept = len(layers) - bool(config.laws)
+    return Plan(samples, length, kept, engine.spec.hidden_size, config.format, config.laws)
+
+
+def _kept(states: Tensor, laws: int) -> Tensor:
+    """[B, T, n, D]: without the last state where laws are kept instead."""
+    return states[:, :, :-1] if laws else states
+
+
+def _stored(engine: Engine, states: Tensor, config: StatesConfig) -> dict[str, Tensor]:
+    """What a shard holds of states [B, T, n, D], by the names in the file."""
+    integers, scale = encode(_kept(states, config.laws), config.format)
+    if not config.laws:
+        return {"states": integers, "scale": scale}
+    ids, logp = top_laws(engine, states[:, :, -1], config.laws)
+    return {"states": integers, "scale": scale, "law_ids": ids, "law_logp": logp}
 
 
 def verify(directory: Path, packed: PackedTokens, engine: Engine, layers: Sequence[int]) -> float:
@@ -222,8 +210,12 @@ def verify(directory: Path, packed: PackedTokens, engine: Engine, layers: Sequen
     for index in sorted({round(i * (count - 1) / max(1, _SAMPLE - 1)) for i in range(min(_SAMPLE, count))}):
         batch = packed.fetch([index])
         real = batch.document[0] != PADDING
-        plain = plain_states(engine, batch, layers)[0][real].float()
-        stored, scale = (x[real] for x in reader.sample(index))
+        whole = plain_states(engine, batch, layers)[0][real]
+        kept = {name: x[real] for name, x in reader.sample(index).items()}
+        stored, scale = kept["states"], kept["scale"]
+        plain = whole[:, : stored.shape[1]].float()
+        if "law_ids" in kept:
+            worst = max(worst, law_gap(engine, whole[:, -1], kept["law_ids"], kept["law_logp"]))
         found = decode(stored, scale)
         if stored.dtype == torch.int8:
             step = scale.view(torch.float32).unsqueeze(-1)
@@ -285,8 +277,8 @@ class StateReader:
     def __reduce__(self) -> tuple[type["StateReader"], tuple[Path]]:
         return StateReader, (self.directory,)
 
-    def sample(self, index: int) -> tuple[Tensor, Tensor]:
-        """(states [T, n, D], scale bits int32 [T, n]) of one sample."""
+    def sample(self, index: int) -> dict[str, Tensor]:
+        """Of one sample: states [T, n, D], scale int32 [T, n]; beside kept laws law_ids int32, law_logp half [T, k]."""
         from safetensors import safe_open
 
         number, row = divmod(index, self.index["shard"])
@@ -294,14 +286,14 @@ class StateReader:
         if name not in self._open:
             self._open[name] = safe_open(str(self.directory / name), framework="pt", device="cpu")
         file = self._open[name]
-        return file.get_slice("states")[row], file.get_slice("scale")[row]
+        return {key: file.get_slice(key)[row] for key in file.keys()}  # noqa: SIM118  # a file, not a dict
 
-    def samples(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Of several samples, zeros for PADDING: [B, T, n, D] and [B, T, n]."""
+    def samples(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Of several samples, zeros for PADDING: as `sample`, with a batch dimension in front."""
         found = [self.sample(i) if i != PADDING else None for i in indices]
         like = next((x for x in found if x is not None), None) or self.sample(0)
-        rows = [x or (torch.zeros_like(like[0]), torch.zeros_like(like[1])) for x in found]
-        return torch.stack([x[0] for x in rows]), torch.stack([x[1] for x in rows])
+        empty = {key: torch.zeros_like(x) for key, x in like.items()}
+        return {key: torch.stack([(x or empty)[key] for x in found]) for key in like}
 
 
 class PackedStates(PackedTokens):
@@ -318,8 +310,15 @@ class PackedStates(PackedTokens):
     def fetch(self, indices: Sequence[int]) -> StateBatch:
         """The batch of these samples; an index PADDING gives a row of padding."""
         batch = self.packed.fetch(indices)
-        states, scale_bits = self.reader.samples([int(i) for i in indices])
-        return StateBatch(**vars(batch), states=states, scale_bits=scale_bits)
+        kept = self.reader.samples([int(i) for i in indices])
+        logp = kept.get("law_logp")
+        return StateBatch(
+            **vars(batch),
+            states=kept["states"],
+            scale_bits=kept["scale"],
+            law_ids=kept.get("law_ids"),
+            law_bits=None if logp is None else logp.view(torch.int16),
+        )
 
 
 _DEFAULT_CORPUS, _DEFAULT_TEXT, _DEFAULT_STATES = CorpusConfig(), TextConfig(), StatesConfig()
@@ -365,6 +364,7 @@ class TeacherStatesModule(TextDataModule):
             target_fingerprint(self.target_dir),
             layers,
             self.states.format,
+            self.states.laws,
         ]
         return hashlib.sha256(json.dumps([*parts, self.states.dtype]).encode()).hexdigest()
 
@@ -382,9 +382,8 @@ class TeacherStatesModule(TextDataModule):
         engine = load_engine(self.target_dir, dtype=self.states.dtype, device=self.states.device)
         layers = state_layers(engine, self.states.aux_layers)
         packs = {name: TextDataModule._packed(self, name) for name in splits}
-        width = engine.spec.hidden_size
-        plans = {n: Plan(len(p), p.length, len(layers), width, self.states.format) for n, p in packs.items()}
-        total = Plan(sum(p.samples for p in plans.values()), self.text.length, len(layers), width, self.states.format)
+        plans = {n: plan_of(len(p), p.length, layers, engine, self.states) for n, p in packs.items()}
+        total = plan_of(sum(p.samples for p in plans.values()), self.text.length, layers, engine, self.states)
         print(f"states of {self.target_dir.name} after layers {list(layers)}: {total}", file=sys.stderr)
         done = sum(f.stat().st_size for f in self.states_directory.rglob("*.safetensors")) / 1e9
         total.check(self.states_directory, self.states.max_gb, done)

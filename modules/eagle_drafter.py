@@ -25,6 +25,7 @@ from draftsmith.inference.couplings import target_fingerprint
 from draftsmith.inference.errors import InvalidState, InvalidValue, unknown_choice
 from draftsmith.inference.nets.eagle_head import EagleHead
 from draftsmith.modules.eagle_build import initialise, lend, warm_start
+from draftsmith.modules.eagle_laws import TopLaws
 from draftsmith.modules.eagle_metrics import StepMeans, Unrolled, by_step
 from draftsmith.modules.eagle_rollout import goal_rows, rollout, state_noise, trained_rows
 from draftsmith.modules.eagle_target import EagleSizes, EagleTarget, Observed
@@ -187,7 +188,7 @@ class EagleDrafter(pl.LightningModule):
         if brought is None:
             return self._target().observe(batch, self._built().config.aux_layers)
         features, last = brought()
-        return Observed(features, last)
+        return Observed(features, last, batch.laws())  # type: ignore[attr-defined]  # a StateBatch
 
     def unroll(self, batch: TokenBatch, statistics: bool) -> Unrolled:
         """Loss of a batch, and the statistics of its rows. Raises InvalidValue for rows too long for the head."""
@@ -199,16 +200,18 @@ class EagleDrafter(pl.LightningModule):
                 "positions: shorten data.text.length"
             )
         seen = self.observe(batch)
-        features, last = seen.features[:, :-1].to(net.dtype), seen.last.flatten(0, 1)
+        features = seen.features[:, :-1].to(net.dtype)
         if self.training and self.noise:
             step = 0 if self._trainer is None else self.trainer.global_step
             features = features + state_noise(batch.sample_id, features, self.noise, self.seed, step)
         trained, goals = trained_rows(batch, self.steps).flatten(1), goal_rows(batch, self.steps).flatten(1)
-        laws, slot = self._laws(last, trained, goals)
+        laws, slot = self._laws(seen, trained, goals)
         inside = torch.ones_like(laws.argmax, dtype=torch.bool) if net.t2d is None else net.t2d[laws.argmax]
         if needs_argmax_inside(self.loss_name):
             trained = trained & inside[slot[goals]]
-        scale = self.decay ** torch.arange(self.steps, device=last.device) / self._counts(trained).clamp_min(1)
+        if isinstance(laws, TopLaws):
+            trained = trained & laws.known[slot[goals]]
+        scale = self.decay ** torch.arange(self.steps, device=features.device) / self._counts(trained).clamp_min(1)
         outs = rollout(
             net,
             net.embed(batch.ids),
@@ -217,28 +220,32 @@ class EagleDrafter(pl.LightningModule):
             batch.positions()[:, :-1] if batch.separate else None,
             batch.visible()[:, :, :-1, :-1] if batch.separate else None,
         )
-        where = trained.flatten().nonzero().squeeze(1)  # the only wait for the device: rows of all steps at once
+        where = trained.flatten().nonzero().squeeze(1)  # of all steps at once
         picked = torch.stack(list(outs)).flatten(0, 2)[where]
         at, step, place = goals.flatten()[where], where // trained.shape[1], where % trained.shape[1]
-        weight, extra = scale[step], last.new_zeros(())
+        weight, extra = scale[step], scale.new_zeros(())
+        last = None
         if net.config.version == 1:
-            gaps = F.smooth_l1_loss(picked, last[at].to(picked.dtype), reduction="none").mean(-1)
+            assert seen.last is not None  # _laws saw to it
+            last = seen.last.flatten(0, 1)[at]
+            gaps = F.smooth_l1_loss(picked, last.to(picked.dtype), reduction="none").mean(-1)
             extra = (gaps * weight).sum()
             weight = weight * _CE_SHARE
-        head = self._head(net.ready(picked), laws.at(slot[at]), last, at, weight, statistics)
+        head = self._head(net.ready(picked), laws.at(slot[at]), last, weight, statistics)
         return Unrolled(head.total + extra, head.stats, step, place, inside[slot[at]])
 
     def _head(
-        self, hidden: Tensor, laws: DraftLaws, last: Tensor, at: Tensor, weight: Tensor, statistics: bool
+        self, hidden: Tensor, laws: DraftLaws | TopLaws, last: Tensor | None, weight: Tensor, statistics: bool
     ) -> HeadLoss:
         net, target = self._built(), self._target()
         if net.config.version == 1:
+            assert last is not None
             bias = target.head_bias
-            goal: Any = TeacherHead(last[at], target.head_weight, 1.0, bias)
+            goal: Any = TeacherHead(last, target.head_weight, 1.0, bias)
             matrix, row_loss = target.head_weight, ROW_LOSSES["ce"]
         else:
             goal, matrix, bias = laws, net.lm_head.weight, None
-            row_loss = draft_loss(self.loss_name, net.config.reduced)
+            row_loss = draft_loss(self.loss_name, net.config.reduced or isinstance(laws, TopLaws))
         return chunked_head(
             hidden,
             matrix,
@@ -250,13 +257,24 @@ class EagleDrafter(pl.LightningModule):
             statistics=statistics,
         )
 
-    def _laws(self, last: Tensor, trained: Tensor, goals: Tensor) -> tuple[DraftLaws, Tensor]:
-        """(laws at the N rows of the target that any step needs, int64 [B * T]: which of them a row is)."""
+    def _laws(self, seen: Observed, trained: Tensor, goals: Tensor) -> tuple[DraftLaws | TopLaws, Tensor]:
+        """(laws at the N rows of the target that any step needs, int64 [B * T]: which of them a row is).
+
+        Raises InvalidValue for laws of a few tokens where whole ones, or the last states, are needed.
+        """
         net, target = self._built(), self._target()
-        needed = torch.zeros(len(last), dtype=torch.bool, device=last.device)
+        needed = torch.zeros(seen.features.shape[:2].numel(), dtype=torch.bool, device=seen.features.device)
         needed[0] = True  # of a batch without a label too, so that no table is empty
         needed[goals[trained]] = True
         slot = (needed.cumsum(0) - 1).clamp_min(0)
+        if seen.laws is not None:
+            if net.config.version == 1 or self.loss_name == "rkl":
+                what = "EAGLE-1 learns the last states" if net.config.version == 1 else "rkl needs whole laws"
+                raise InvalidValue(f"{what}, and of each law only the likeliest tokens were kept: set states.laws to 0")
+            tokens, logp = (x.flatten(0, 1)[needed] for x in seen.laws)
+            return TopLaws.of(tokens, logp, net.t2d, net.config.draft_vocab_size), slot
+        assert seen.last is not None
+        last = seen.last.flatten(0, 1)
         ids, rows = None, None
         if net.d2t is not None:
             if self._rows is None or not torch.equal(self._rows[0], net.draft_ids()):

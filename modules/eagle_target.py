@@ -90,7 +90,8 @@ class Observed:
     """What the target made of a batch."""
 
     features: Tensor  # [B, T, F], the states that the head reads
-    last: Tensor  # [B, T, Dt], after the final norm: what the target's head is applied to
+    last: Tensor | None  # [B, T, Dt], after the final norm: what the target's head is applied to
+    laws: tuple[Tensor, Tensor] | None = None  # instead: ids int64 and log p [B, T, k] of the k likeliest tokens
 
 
 class EagleTarget:

@@ -9,7 +9,8 @@ from torch import Tensor
 from draftsmith.data.batches import CanvasBatch, OnlineBatch, TokenBatch, TraceBatch
 from draftsmith.data.online_data import OnlineDataModule
 from draftsmith.data.orderings import widest
-from draftsmith.data.teacher_states import StateBatch, TeacherStatesModule
+from draftsmith.data.state_formats import StateBatch
+from draftsmith.data.teacher_states import TeacherStatesModule
 from draftsmith.data.text import TextDataModule
 from draftsmith.data.trace_data import TraceDataModule
 from draftsmith.inference.decoders.speculative import SpeculativeSettings
@@ -133,10 +134,13 @@ def meta_batch(subject: Subject) -> Any:
         if not isinstance(data, TeacherStatesModule):
             return TokenBatch(*fields)
         head: Any = subject.nets["net."].config  # of an EAGLE head: what else reads states
-        layers, width = len(head.aux_layers) + 1, head.target_hidden_size
+        k = data.states.laws
+        layers, width = len(head.aux_layers) + (not k), head.target_hidden_size
         stored = torch.int8 if data.states.format == "int8" else torch.int16
         scales = _meta(*shape, layers, dtype=torch.int32)
-        return StateBatch(*fields, states=_meta(*shape, layers, width, dtype=stored), scale_bits=scales)
+        laws = {"law_ids": _meta(*shape, k, dtype=torch.int32), "law_bits": _meta(*shape, k, dtype=torch.int16)}
+        states = _meta(*shape, layers, width, dtype=stored)
+        return StateBatch(*fields, states=states, scale_bits=scales, **(laws if k else {}))
     if isinstance(data, OnlineDataModule):
         records = data.buffer.interval + round(data.buffer.interval * data.buffer.replay)
         answer = data.traffic.max_new_tokens

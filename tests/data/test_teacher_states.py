@@ -10,13 +10,12 @@ import torch
 from draftsmith.data import teacher_states
 from draftsmith.data.batches import PADDING
 from draftsmith.data.corpus import CorpusConfig
+from draftsmith.data.state_formats import decode, encode
 from draftsmith.data.teacher_states import (
     Plan,
     StateReader,
     StatesConfig,
     TeacherStatesModule,
-    decode,
-    encode,
     plain_states,
     state_layers,
     verify,
@@ -25,7 +24,10 @@ from draftsmith.data.text import TextConfig, TextDataModule
 from draftsmith.inference.errors import InvalidState, InvalidValue
 from draftsmith.inference.load_engine import load_engine
 from draftsmith.modules.eagle_drafter import EagleDrafter
+from draftsmith.modules.eagle_laws import TopLaws
+from draftsmith.modules.eagle_target import EagleSizes
 from draftsmith.modules.hf_model import HFModel
+from draftsmith.modules.losses.divergence import FullLaw
 from tests.tiny import write_lm
 
 
@@ -152,6 +154,7 @@ def test_everything_that_decides_the_states_is_in_their_key(place: Path) -> None
         data_for(place, length=25),
         data_for(place, aux_layers=(2, 4)),
         data_for(place, format="bfloat16"),
+        data_for(place, laws=4),
     ]
     changed = data_for(place)
     changed.states = StatesConfig(target=str(place / "other"))
@@ -159,11 +162,12 @@ def test_everything_that_decides_the_states_is_in_their_key(place: Path) -> None
     assert len(set(keys)) == len(keys)
 
 
-def test_the_plan_is_exact_and_the_quota_is_checked_before_anything_is_written(place: Path) -> None:
-    data = data_for(place)
+@pytest.mark.parametrize("laws", [0, 5])
+def test_the_plan_is_exact_and_the_quota_is_checked_before_anything_is_written(place: Path, laws: int) -> None:
+    data = data_for(place, laws=laws)
     data.prepare_data()
     index = StateReader(data.states_directory / "train").index
-    plan = Plan(index["samples"], index["length"], index["states"], index["width"], index["format"])
+    plan = Plan(index["samples"], index["length"], index["states"], index["width"], index["format"], laws)
     tensors = sum(torch.tensor(x.shape).prod() * x.element_size() for x in _tensors(data.states_directory / "train"))
     assert int(tensors) == round(plan.gigabytes * 1e9)
     small = data_for(place, max_gb=1e-6, format="bfloat16")
@@ -181,6 +185,10 @@ def _tensors(folder: Path) -> list[torch.Tensor]:
 def test_settings_that_cannot_be_are_refused(place: Path) -> None:
     with pytest.raises(InvalidValue, match="did you mean 'int8'"):
         StatesConfig(format="int9")
+    with pytest.raises(InvalidValue, match=r"states\.laws must be at least 0"):
+        StatesConfig(laws=-1)
+    with pytest.raises(InvalidValue, match="keeps 321 tokens of each law, the target has 320"):
+        data_for(place, laws=321).prepare_data()
     with pytest.raises(InvalidValue, match="max_gb"):
         StatesConfig(max_gb=0)
     with pytest.raises(InvalidValue, match="no such target directory"):
@@ -222,3 +230,84 @@ def test_the_index_holds_what_was_measured(place: Path) -> None:
     data.prepare_data()
     index = json.loads((data.states_directory / "val" / "states.json").read_text())
     assert set(index["errors"]) == {"relative_rms", "law_tv", "law_agree"} and len(index["errors"]["relative_rms"]) == 3
+
+
+# --- the likeliest tokens of each law instead of the last state
+
+
+def test_kept_laws_are_those_of_a_plain_pass_and_their_error_is_measured(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = data_for(place, laws=12)
+    data.prepare_data()
+    said = capsys.readouterr().err
+    assert "2 states of width 32 in int8 and 12 tokens of each law" in said and "law_mass" in said
+    data.setup()
+    engine = load_engine(place / "target")
+    batch = next(iter(data.val_dataloader()))
+    features, last = batch.observed()
+    kept = batch.laws()
+    assert last is None and features.shape[-1] == 64 and kept is not None and data.aux_layers == (2, 3)
+    real = batch.document != PADDING
+    plain = engine.head(plain_states(engine, batch, state_layers(engine, None))[:, :, -1]).log_softmax(-1)
+    ids, logp = kept
+    torch.testing.assert_close(logp[real], plain.topk(12, -1).values[real], rtol=1e-3, atol=2e-3)
+    torch.testing.assert_close(logp[real], plain.gather(-1, ids)[real], rtol=1e-3, atol=2e-3)
+    errors = StateReader(data.states_directory / "train").index["errors"]
+    assert len(errors["relative_rms"]) == 2 and errors["law_agree"] > 0.99
+    assert 0 < errors["law_mass"] < 1 and errors["law_tv"] == pytest.approx(1 - errors["law_mass"], abs=1e-3)
+    other = load_engine(write_lm(place / "other", seed=2, layers=6, max_length=64))
+    with pytest.raises(InvalidState, match="another target or text"):
+        verify(data.states_directory / "train", TextDataModule._packed(data, "train"), other, state_layers(other, None))
+
+
+@pytest.mark.parametrize("draft_vocab_size", [None, 200])
+@pytest.mark.parametrize("loss", ["ce", "kl", "jsd", "tv", "nla", "lk_hybrid"])
+def test_a_head_learns_the_same_from_kept_laws_as_from_last_states(
+    place: Path, loss: str, draft_vocab_size: int | None
+) -> None:
+    """With all tokens kept the loss is that of whole laws; with a few it stays finite, and so do the gradients."""
+    spec, losses = HFModel(path=str(place / "target")), {}
+    for laws in (0, 320, 3):
+        data = data_for(place, format="bfloat16", laws=laws)
+        data.prepare_data()
+        data.setup()
+        torch.manual_seed(0)
+        sizes = EagleSizes(draft_vocab_size=draft_vocab_size)
+        module = EagleDrafter(spec, sizes, steps=2, cached=True, loss=loss)
+        module.configure_model()
+        assert module.net is not None
+        if draft_vocab_size is not None:
+            module.net.set_draft_vocabulary(torch.arange(draft_vocab_size) + 60)
+        out = module.unroll(next(iter(data.val_dataloader())), statistics=False)
+        out.total.backward()
+        assert len(out.step) > 0
+        assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in module.net.parameters())
+        losses[laws] = float(out.total.detach())
+    assert losses[320] == pytest.approx(losses[0], rel=5e-3)
+    assert losses[3] != pytest.approx(losses[0], rel=5e-3)
+
+
+def test_a_few_tokens_of_a_law_over_a_draft_vocabulary_by_hand() -> None:
+    ids = torch.tensor([[3, 1], [0, 2], [4, 0]])
+    p = torch.tensor([[0.5, 0.25], [0.9, 0.1], [0.6, 0.2]])
+    t2d = torch.tensor([False, True, False, True, False, True])  # draft ids 0, 1, 2 are 1, 3, 5
+    laws = TopLaws.of(ids, p.log(), t2d, 3)
+    assert laws.argmax.tolist() == [3, 0, 4] and laws.known.tolist() == [True, False, False]
+    row = laws.at(torch.tensor([0, 2, 0]))[0:2]
+    assert isinstance(row, FullLaw)
+    torch.testing.assert_close(row.logprobs.exp(), torch.tensor([[0.25, 0.5, 0.0], [0.0, 0.0, 0.0]]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({"loss": "rkl"}, "rkl needs whole laws"), ({"head": EagleSizes(version=1)}, "EAGLE-1 learns")],
+)
+def test_what_needs_whole_laws_says_so(place: Path, settings: dict[str, Any], said: str) -> None:
+    data = data_for(place, laws=3, **({"aux_layers": (6,)} if "head" in settings else {}))
+    data.prepare_data()
+    data.setup()
+    module = EagleDrafter(HFModel(path=str(place / "target")), steps=1, cached=True, **settings)
+    module.configure_model()
+    with pytest.raises(InvalidValue, match=said):
+        module.unroll(next(iter(data.val_dataloader())), statistics=False)
