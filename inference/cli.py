@@ -64,6 +64,7 @@ EXTRA_MODULES: dict[str, frozenset[str]] = {
             "matplotlib",
             "sklearn",
             "scipy",
+            "torchdiffeq",
         }
     ),
     "deepspeed": frozenset({"deepspeed"}),

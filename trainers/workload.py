@@ -138,9 +138,11 @@ def meta_batch(subject: Subject) -> Any:
         layers, width = len(head.aux_layers) + (not k), head.target_hidden_size
         stored = torch.int8 if data.states.format == "int8" else torch.int16
         scales = _meta(*shape, layers, dtype=torch.int32)
-        laws = {"law_ids": _meta(*shape, k, dtype=torch.int32), "law_bits": _meta(*shape, k, dtype=torch.int16)}
-        states = _meta(*shape, layers, width, dtype=stored)
-        return StateBatch(*fields, states=states, scale_bits=scales, **(laws if k else {}))
+        states = StateBatch(*fields, states=_meta(*shape, layers, width, dtype=stored), scale_bits=scales)
+        if not k:
+            return states
+        ids, bits = _meta(*shape, k, dtype=torch.int32), _meta(*shape, k, dtype=torch.int16)
+        return replace(states, law_ids=ids, law_bits=bits)
     if isinstance(data, OnlineDataModule):
         records = data.buffer.interval + round(data.buffer.interval * data.buffer.replay)
         answer = data.traffic.max_new_tokens
