@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from draftsmith.inference.cache import StaticCache
 from draftsmith.inference.errors import InvalidState, InvalidValue, unknown_choice
+from draftsmith.inference.nets.config_json import read_config
 from draftsmith.inference.nets.matrices import Matrix, joined, matrix
 from draftsmith.inference.nets.rope import RopeTable, rope_frequencies
 from draftsmith.inference.nets.transformer import Block, BlockConfig, RMSNorm, Step, Weights, plan_step
@@ -151,15 +152,7 @@ class EagleConfig:
     @staticmethod
     def from_json(fields: Mapping[str, Any], where: str = "config.json") -> "EagleConfig":
         """The reverse of `to_json`. Raises InvalidValue for keys that are unknown or missing."""
-        known = {f.name: f for f in dataclasses.fields(EagleConfig)}
-        unknown = sorted(set(fields) - set(known))
-        if unknown:
-            raise unknown_choice(f"key in {where}", unknown[0], known)
-        needed = {n for n, f in known.items() if f.default is f.default_factory is dataclasses.MISSING}
-        missing = sorted(needed - set(fields))
-        if missing:
-            raise InvalidValue(f"{where} lacks {', '.join(missing)}: it does not describe an EAGLE head")
-        return EagleConfig(**fields)
+        return read_config(EagleConfig, fields, "an EAGLE head", where)
 
 
 def default_aux_layers(num_layers: int, version: int = 3) -> tuple[int, ...]:
