@@ -28,7 +28,7 @@ from draftsmith.inference.tree_verification import TreeVerdict
 
 ADAPT = ("process", "call", "never")
 LEARN = ("committed", "verified")
-FALLBACK = ("bigram", "none")
+UNSEEN_PAIR = ("bigram", "none")
 _AT_ONCE = 64  # prompt positions whose laws are made at once
 
 
@@ -69,11 +69,11 @@ class AdedSettings:
         default=512,
         metadata={"help": "last tokens of a prompt that the table learns from, too, at the price of the head; 0: none"},
     )
-    fallback: str = field(
+    unseen_pair: str = field(
         default="bigram",
         metadata={
             "help": "behind two tokens never seen together. bigram: what followed the last one. none: nothing",
-            "choices": FALLBACK,
+            "choices": UNSEEN_PAIR,
         },
     )
     eta: float = field(default=0.5, metadata={"help": "rate of an update, above 0 to 1"})
@@ -88,8 +88,8 @@ class AdedSettings:
             raise unknown_choice("adapt", self.adapt, ADAPT)
         if self.learn not in LEARN:
             raise unknown_choice("learn", self.learn, LEARN)
-        if self.fallback not in FALLBACK:
-            raise unknown_choice("fallback", self.fallback, FALLBACK)
+        if self.unseen_pair not in UNSEEN_PAIR:
+            raise unknown_choice("unseen_pair", self.unseen_pair, UNSEEN_PAIR)
         if self.learn_prompt < 0:
             raise InvalidValue(f"learn_prompt must be at least 0, got {self.learn_prompt}")
         for name in ("nodes", "depth", "top"):
@@ -99,7 +99,7 @@ class AdedSettings:
 
     def adaptive(self, base: NgramTable) -> AdaptiveTable:
         """Raises InvalidValue for values out of their range."""
-        return AdaptiveTable(base, self.eta, self.capacity, bigrams=self.fallback == "bigram")
+        return AdaptiveTable(base, self.eta, self.capacity, bigrams=self.unseen_pair == "bigram")
 
     def drafter(self, table: AdaptiveTable, pad: int | None) -> NgramDrafter:
         """Raises InvalidValue for values out of their range."""
@@ -177,7 +177,7 @@ class AdedDecoder:
             "adapt": s.adapt,
             "learn": s.learn,
             "learn_prompt": s.learn_prompt,
-            "fallback": s.fallback,
+            "unseen_pair": s.unseen_pair,
             "eta": s.eta,
             "k": self.table.base.k,
             "table_keys": len(self.table.base),

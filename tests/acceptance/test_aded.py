@@ -45,17 +45,17 @@ VARIANTS: tuple[Variant, ...] = (
     ("fitted, path", True, {"search": "path", **FIXED}),
     ("empty, mcts, adapting", False, {"search": "mcts"}),
     ("empty, mcts, adapting at all verified nodes", False, {"search": "mcts", "learn": "verified"}),
-    ("empty, mcts, adapting, no bi-grams", False, {"search": "mcts", "fallback": "none"}),
+    ("empty, mcts, adapting, no bi-grams", False, {"search": "mcts", "unseen_pair": "none"}),
     ("empty, mcts, adapting, prompts do not teach", False, {"search": "mcts", "learn_prompt": 0}),
     (
         "empty, mcts, adapting, no bi-grams, prompts do not teach",
         False,
-        {"search": "mcts", "fallback": "none", "learn_prompt": 0},
+        {"search": "mcts", "unseen_pair": "none", "learn_prompt": 0},
     ),
     ("fitted, heap, merged with prompt lookup", True, {"search": "heap", "lookup_length": 6, **FIXED}),
 )
 OTHERS = ("retrieval store", "prompt lookup")
-ABLATIONS = tuple(name for name, _, settings in VARIANTS if {"fallback", "learn_prompt"} & set(settings))
+ABLATIONS = tuple(name for name, _, settings in VARIANTS if {"unseen_pair", "learn_prompt"} & set(settings))
 
 pytestmark = pytest.mark.acceptance
 
@@ -94,7 +94,7 @@ def on_one_grammar(seed: int) -> tuple[dict[str, Counts], dict[str, bool], Ngram
     rest = {**parts, "draft": RestDrafter(build_store(documents, VOCAB))}
     decoders["retrieval store"] = registry.build("tree", rest, settings={"nodes": 32, "depth": 6})
     decoders["prompt lookup"] = registry.build(
-        "prompt_lookup", parts, settings={"draft_length": 6, "fallback": "never"}
+        "prompt_lookup", parts, settings={"draft_length": 6, "unseen_pair": "never"}
     )
     want, _ = run(registry.build("autoregressive", parts), prompts)
     counts, same = {}, {}

@@ -372,7 +372,7 @@ def test_prompts_teach_too() -> None:
     target, prompts = markov(8, 1, seed=1), ((3,), (1, 2, 6), (4, 5, 0, 7, 3, 1))
     rows = {}
     for learned, last in ((512, 5), (2, 2), (0, 0)):
-        settings = {"eta": 1.0, "top": 3, "learn_prompt": learned, "fallback": "none"}
+        settings = {"eta": 1.0, "top": 3, "learn_prompt": learned, "unseen_pair": "none"}
         decoder = registry.build("aded", {"target": target}, settings=settings)
         decoder.decode(requests_for(prompts, 3, 1))  # one round, which teaches the roots
         rows[last] = decoder.table._overlay
@@ -413,7 +413,7 @@ def test_what_aded_refuses() -> None:
         ({"depth": 0}, "depth must be at least 1"),
         ({"top": 0}, "top must be at least 1"),
         ({"iterations": 0}, "iterations must be at least 1"),
-        ({"fallback": "unigram"}, "unknown fallback"),
+        ({"unseen_pair": "unigram"}, "unknown unseen_pair"),
         ({"learn_prompt": -1}, "learn_prompt must be at least 0"),
         ({"eta": 0.0}, "eta lies above 0"),
         ({"capacity": 0}, "at least 1 key"),
