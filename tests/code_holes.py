@@ -1,12 +1,13 @@
 """Code with a hole: whole lines of validation files of Python's library, between what stands before and behind them."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from draftsmith.data.corpus import Document
 
+APART = 20
 LEAST_CHARS = 8  # a line shorter than this (else:, a bracket) is no task
 
 
@@ -23,31 +24,35 @@ class Hole:
 def holes(
     documents: Sequence[Document], tokenizer: Any, *, lines: int, count: int, canvas: int, least: int, most: int
 ) -> list[Hole]:
-    """`count` holes of `lines` whole lines, least..most tokens each, one in each of the first documents that have one.
+    """`count` holes of `lines` whole lines, least..most tokens each, from all documents as evenly as they allow.
 
-    The canvas holds at most `canvas` tokens, the hole in its middle. Lines are those half-way into a document.
+    The canvas holds at most `canvas` tokens, the hole in its middle. Two holes of a document are `APART` lines apart.
     """
+    sources = [_of(document.text, tokenizer, lines, canvas, least, most) for document in documents]
     found: list[Hole] = []
-    for document in documents:
-        text = document.text.splitlines(keepends=True)
-        for start in range(len(text) // 2, len(text) - lines - 1):
-            middle = "".join(text[start : start + lines])
-            if any(len(line.strip()) < LEAST_CHARS for line in text[start : start + lines]):
-                continue
-            ids = tokenizer.encode(middle, add_special_tokens=False)
-            if not least <= len(ids) <= most:
-                continue
-            side = (canvas - len(ids)) // 2
-            before = tokenizer.encode("".join(text[max(0, start - 40) : start]), add_special_tokens=False)[-side:]
-            behind = tokenizer.encode("".join(text[start + lines : start + lines + 40]), add_special_tokens=False)[
-                :side
-            ]
-            if len(before) == side and len(behind) == side:
-                found.append(Hole(tuple(before), tuple(ids), tuple(behind), middle))
-                break
-        if len(found) == count:
-            break
+    while sources and len(found) < count:
+        for source in list(sources):
+            hole = next(source, None)
+            if hole is None:
+                sources.remove(source)
+            elif len(found) < count:
+                found.append(hole)
     return found
+
+
+def _of(document: str, tokenizer: Any, lines: int, canvas: int, least: int, most: int) -> Iterator[Hole]:
+    text, start = document.splitlines(keepends=True), 0
+    while start < len(text) - lines:
+        part = text[start : start + lines]
+        ids = tokenizer.encode("".join(part), add_special_tokens=False)
+        side = (canvas - len(ids)) // 2
+        if all(len(line.strip()) >= LEAST_CHARS for line in part) and least <= len(ids) <= most:
+            before = tokenizer.encode("".join(text[max(0, start - 40) : start]), add_special_tokens=False)[-side:]
+            behind = tokenizer.encode("".join(text[start + lines :][:40]), add_special_tokens=False)[:side]
+            if len(before) == side and len(behind) == side:
+                yield Hole(tuple(before), tuple(ids), tuple(behind), "".join(part))
+                start += APART
+        start += 1
 
 
 def edit_similarity(one: str, other: str) -> float:
