@@ -136,8 +136,8 @@ class TestRefused:
         refused(lambda: load(copy), "schema version 7, this draftsmith reads version 1")
 
     def test_manifest_of_an_unknown_kind(self, copy: Path) -> None:
-        edit(copy / MANIFEST_FILE, kind="filter")
-        refused(lambda: load(copy), "unknown manifest kind 'filter': choose one of adapter, drafter")
+        edit(copy / MANIFEST_FILE, kind="filler")
+        refused(lambda: load(copy), "unknown manifest kind 'filler': choose one of adapter, ")
 
     def test_an_export_without_a_seal_loads_only_for_the_seal(self, copy: Path) -> None:
         edit(copy / MANIFEST_FILE, seal=None)

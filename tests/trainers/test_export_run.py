@@ -200,4 +200,4 @@ class TestRefused:
         assert "name its directory with --target DIR" in fails(capsys, run, out, "--kind", "drafter")
         said = fails(capsys, run, out, "--kind", "drafter", "--target", tmp_path / "nowhere")
         assert "no such target directory" in said
-        assert "invalid choice: 'filter'" in fails(capsys, run, out, "--kind", "filter")
+        assert "invalid choice: 'filler'" in fails(capsys, run, out, "--kind", "filler")
