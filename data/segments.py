@@ -143,6 +143,11 @@ class SegmentsDataModule(LightningDataModule):
         self.segments = segments
 
     @property
+    def rows(self) -> int:
+        """Of a batch, per rank."""
+        return self.segments.batch_size
+
+    @property
     def vocab_size(self) -> int:
         """Digits and the four special ids."""
         return VOCAB

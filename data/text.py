@@ -214,6 +214,16 @@ class TextDataModule(LightningDataModule):
         return self._open_tokenizer(self.tokenizer_dir)
 
     @property
+    def rows(self) -> int:
+        """Of a batch, per rank."""
+        return self.text.batch_size
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of a row, padding included."""
+        return self.text.length
+
+    @property
     def vocab_size(self) -> int:
         """Tokens of the tokenizer; the network may have more rows."""
         return len(self.tokenizer)

@@ -40,6 +40,11 @@ class TraceDataModule(LightningDataModule):
         self._read: tuple[Traces, dict[str, Any]] | None = None
 
     @property
+    def rows(self) -> int:
+        """Of a batch, per rank."""
+        return self.traces.batch_size
+
+    @property
     def traced(self) -> dict[str, Any]:
         """What the traces were made with: base, fingerprint, block_length, vocab_size, prompts, decode settings."""
         path = Path(self.traces.path) / SETTINGS

@@ -6,11 +6,9 @@ Shape letters: B batch, N positions, K most targets of a sample, R validation ra
 """
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -18,26 +16,21 @@ from torchmetrics import Metric
 from draftsmith.data import orderings
 from draftsmith.data.batches import PADDING, TokenBatch
 from draftsmith.data.orderings import MaskSchedule, Ordering
-from draftsmith.inference import manifest
-from draftsmith.inference.errors import InvalidState, InvalidValue, unknown_choice
+from draftsmith.inference.errors import InvalidValue, unknown_choice
 from draftsmith.inference.nets.any_subset_lm import AnySubsetConfig, AnySubsetLM
 from draftsmith.modules.any_subset_sample import infilled
 from draftsmith.modules.export_spec import ExportSpec
+from draftsmith.modules.learned_part import LearnedPart, on_meta
 from draftsmith.modules.losses.chunked_head import HeadLoss, chunked_head
 from draftsmith.modules.losses.divergence import ROW_LOSSES
-from draftsmith.modules.optim import FiniteGuard, OptimConfig, build_optimizer, spoilt
+from draftsmith.modules.optim import OptimConfig, build_optimizer
 
 LOSSES, REDUCTIONS = ("joint", "parallel"), ("mean", "sum")
 VAL_RATES = (0.25, 0.5, 0.75, 0.95)
 DEFAULT_MASKING = MaskSchedule()
 DEFAULT_OPTIM = OptimConfig(lr=1e-4, weight_decay=0.01, warmup_steps=100)
-_META = "draftsmith"  # key of our own entry in a checkpoint
 _NEVER = -1e30  # the mask id's logit in the loss: finite, since 0 * infinity would be NaN in a gradient
 _VAL_SEED = 1  # validation hides the same tokens in every run
-DEFINITIONS = {
-    "val/loss": "-log p per hidden token of the validation set in nats, mean over the mask rates of model.val_rates",
-    "val/accuracy": "share of hidden validation tokens that are the model's most likely one, mean over the mask rates",
-}
 
 
 class RateMeans(Metric):
@@ -65,13 +58,20 @@ class RateMeans(Metric):
         return {"loss": self.nll / count, "accuracy": self.hits / count}
 
 
-class AnySubset(pl.LightningModule):
+class AnySubset(LearnedPart):
     """Trains an `AnySubsetLM` on `TokenBatch`es.
 
     Gradients are those of the mean over all samples of the global batch, however many ranks share it. A batch whose
     loss is not finite is skipped, ten in a row end the run (InvalidState).
     Limits: documents of one row see each other (data.text.separate_documents is refused).
     """
+
+    DEFINITIONS: ClassVar[Mapping[str, str]] = {
+        "val/loss": "-log p per hidden token of the validation set in nats, mean over the mask rates of "
+        "model.val_rates",
+        "val/accuracy": "share of hidden validation tokens that are the model's most likely one, mean over the mask "
+        "rates",
+    }
 
     def __init__(
         self,
@@ -145,30 +145,37 @@ class AnySubset(pl.LightningModule):
         )
         self.net: AnySubsetLM | None = None
         self.val_means, self.test_means = RateMeans(len(self.val_rates)), RateMeans(len(self.val_rates))
-        self._finite = FiniteGuard()
-        self._skip = False
         self._checked = False
         self._shown: Tensor | None = None  # int64 [N]: the validation sample of the text panel
-        self._meta: dict[str, Any] = {}  # what the export needs to know of the data; travels in the checkpoint
 
     # --- network
 
-    def configure_model(self) -> None:
-        """Build the network (once), inside the strategy's context."""
-        if self.net is not None:
-            return
+    def build(self) -> AnySubsetLM:
         if self.init_from is None:
             assert self.config is not None
             net = AnySubsetLM(self.config)
             for name, table in net.named_parameters():
                 if name.startswith("embed_") and table.device.type != "meta":
                     nn.init.normal_(table, std=self.embedding_std)
-            self.net = net
-            return
+            return net
         from draftsmith.inference.load_any_subset import read_net
 
-        self.net = read_net(self.init_from).float().train().requires_grad_(True)
-        self.config = self.net.config
+        net = read_net(self.init_from).float().train().requires_grad_(True)
+        self.config = net.config
+        return net
+
+    def positions(self, data: Any) -> int:
+        length: int = data.row_length
+        return length
+
+    def plan_batch(self, data: Any) -> TokenBatch:
+        shape = (data.rows, data.row_length)
+        masks = on_meta(*shape, dtype=torch.int8), on_meta(*shape, dtype=torch.int32)
+        return TokenBatch(on_meta(*shape), *masks, on_meta(data.rows))
+
+    def plan_loss(self, batch: TokenBatch) -> Tensor:
+        drawn = orderings.widest(len(batch.ids), batch.ids.shape[1], self.masking.highest)
+        return self.loss(batch, drawn, statistics=False).total
 
     def get_output_embeddings(self) -> nn.Module:
         """The head, which the chunked loss reads outside of its own forward (ZeRO-3 gathers it for the whole step)."""
@@ -222,24 +229,8 @@ class AnySubset(pl.LightningModule):
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         ordering, rates = self.training_ordering(batch, self.trainer.global_step, batch_idx)
         out = self.loss(batch, ordering, statistics=False)
-        sums = torch.stack([out.total.detach().double(), (ordering.counts > 0).sum().double()])
-        total, rows = cast(Tensor, self.trainer.strategy.reduce(sums, reduce_op="sum"))
-        rows = rows.clamp_min(1)
-        size = len(batch.ids)
-        self.log("train/loss", (total / rows).float(), prog_bar=True, batch_size=size)
-        self.log("train/mask_rate", float(rates.mean()), batch_size=size)
-        # gradients may be accumulated: one bad batch spoils the whole step
-        self._skip = not self._finite(total) or self._skip
-        self.log("train/skipped", float(self._finite.skipped), batch_size=size)
-        # the strategy averages gradients over ranks: this makes the average the gradient of the global mean
-        scale: Tensor = self.trainer.world_size / rows
-        return out.total * (spoilt(scale) if self._skip else scale).float()
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._skip:
-            for p in self.parameters():
-                p.grad = None  # AdamW leaves parameters without a gradient, and their moments, alone
-        self._skip = False
+        self.log("train/mask_rate", float(rates.mean()), batch_size=len(batch.ids))
+        return self.global_mean(out.total, (ordering.counts > 0).sum(), len(batch.ids))
 
     # --- validation
 
@@ -325,38 +316,31 @@ class AnySubset(pl.LightningModule):
             self._meta["length"] = int(length)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        values = {k: float(v) for k, v in self.trainer.callback_metrics.items() if k in DEFINITIONS}
-        seed = os.environ.get("PL_GLOBAL_SEED")  # where lightning.seed_everything leaves it
-        own = {"metrics": values, "seed": None if seed is None else int(seed), "skipped": self._finite.skipped}
-        checkpoint[_META] = {**self._meta, **own}
+        self._meta["skipped"] = self._finite.skipped
+        super().on_save_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        self._meta = {**checkpoint.get(_META, {}), "steps": checkpoint.get("global_step")}
+        super().on_load_checkpoint(checkpoint)
         self._finite.skipped = self._meta.get("skipped", 0)
 
     def export_spec(self) -> ExportSpec:
         """What `draftsmith export` writes. Raises InvalidState before `configure_model`."""
-        net, meta = self._built(), self._meta
-        return ExportSpec(
-            kind="any-subset-lm",
-            model=net,
-            tokenizer_dir=meta.get("tokenizer_dir"),
+        net = self._built()
+        return self.spec_of(
+            "any-subset-lm",
+            net,
             trained={
                 "order": self.order,
                 "mask_rate": [self.masking.min_rate, self.masking.max_rate],
-                "max_length": meta.get("length", net.config.max_length),
+                "max_length": self._meta.get("length", net.config.max_length),
                 "mask_id": net.config.mask_id,
                 "loss": self.loss_name,
             },
-            metrics={k: manifest.Metric(v, DEFINITIONS[k]) for k, v in meta.get("metrics", {}).items()},
-            data_fingerprint=meta.get("data_fingerprint"),
-            seed=meta.get("seed"),
-            steps=meta.get("steps"),
         )
 
     def _built(self) -> AnySubsetLM:
         if self.net is None:
-            raise InvalidState("the network is not built yet: call configure_model() first (the trainer does)")
+            raise self.not_built()
         return self.net
 
 

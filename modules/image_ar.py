@@ -17,7 +17,7 @@ from draftsmith.inference.errors import InvalidValue
 from draftsmith.inference.nets.image_ar import ImageAR, ImageARConfig
 from draftsmith.inference.rng import NUM_STREAMS, Stream, uniform
 from draftsmith.modules.export_spec import ExportSpec
-from draftsmith.modules.learned_part import LearnedPart
+from draftsmith.modules.learned_part import LearnedPart, on_meta
 from draftsmith.modules.losses.chunked_head import HeadLoss, chunked_head
 from draftsmith.modules.losses.divergence import ROW_LOSSES
 from draftsmith.modules.optim import OptimConfig, build_optimizer
@@ -53,13 +53,12 @@ class ImageARPart(LearnedPart):
     def build(self) -> ImageAR:
         return ImageAR(self.config)
 
-    @property
-    def positions(self) -> int:
+    def positions(self, data: Any) -> int:
         return self.config.num_tokens
 
-    def plan_batch(self, rows: int) -> CodeBatch:
-        integers = torch.empty(rows, dtype=torch.int64, device="meta")
-        return CodeBatch(torch.empty(rows, self.positions, dtype=torch.int32, device="meta"), integers, integers)
+    def plan_batch(self, data: Any) -> CodeBatch:
+        codes = on_meta(data.rows, self.config.num_tokens, dtype=torch.int32)
+        return CodeBatch(codes, on_meta(data.rows), on_meta(data.rows))
 
     def plan_loss(self, batch: CodeBatch) -> Tensor:
         return self.loss(batch.codes.long(), batch.classes).total

@@ -22,7 +22,7 @@ from draftsmith.inference.nets.config_json import read_config
 from draftsmith.inference.nets.image_tokenizer import ImageTokenizer, ImageTokenizerConfig, Quantized
 from draftsmith.inference.rng import Stream, uniform
 from draftsmith.modules.export_spec import ExportSpec
-from draftsmith.modules.learned_part import LearnedPart
+from draftsmith.modules.learned_part import LearnedPart, on_meta
 from draftsmith.modules.optim import OptimConfig, build_optimizer
 
 DEFAULT_OPTIM = OptimConfig(lr=3e-3, weight_decay=0.0)
@@ -118,14 +118,13 @@ class ImageTokenizerPart(LearnedPart):
     def build(self) -> ImageTokenizer:
         return ImageTokenizer(self.config)
 
-    @property
-    def positions(self) -> int:
+    def positions(self, data: Any) -> int:
         return self.config.channels * self.config.resolution**2
 
-    def plan_batch(self, rows: int) -> ImageBatch:
-        side, integers = self.config.resolution, torch.empty(rows, dtype=torch.int64, device="meta")
-        pixels = torch.empty(rows, self.config.channels, side, side, dtype=torch.uint8, device="meta")
-        return ImageBatch(pixels, integers, integers)
+    def plan_batch(self, data: Any) -> ImageBatch:
+        rows, side = data.rows, self.config.resolution
+        pixels = on_meta(rows, self.config.channels, side, side, dtype=torch.uint8)
+        return ImageBatch(pixels, on_meta(rows), on_meta(rows))
 
     def plan_loss(self, batch: ImageBatch) -> Tensor:
         return self.losses(batch.scaled.to(self._built().codebook.dtype))[0].sum()

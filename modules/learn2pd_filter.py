@@ -7,36 +7,26 @@ Shape letters: B batch, W block, N bins.
 """
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
 
 from draftsmith.data.batches import TraceBatch
-from draftsmith.inference import manifest
 from draftsmith.inference.couplings import target_fingerprint
 from draftsmith.inference.errors import InvalidState, InvalidValue
 from draftsmith.inference.nets.commit_filter import CommitFilter, FilterConfig, Signals
 from draftsmith.modules.export_spec import ExportSpec
-from draftsmith.modules.optim import FiniteGuard, OptimConfig, build_optimizer, spoilt
+from draftsmith.modules.learned_part import LearnedPart, on_meta
+from draftsmith.modules.optim import OptimConfig, build_optimizer
 
 DEFAULT_OPTIM = OptimConfig(lr=3e-3, weight_decay=0.01)
-_META = "draftsmith"  # key of our own entry in a checkpoint
 _BINS = 1000  # of the scores: thresholds are multiples of 1 / 1000
 _PLOTTED = 10  # bars of the reliability plot
-DEFINITIONS = {
-    "val/loss": "weighted binary cross-entropy per masked position of the validation prompts' traces, in nats",
-    "val/ece": f"expected calibration error of the scores over {_PLOTTED} bins, masked positions of validation prompts",
-    "val/threshold": "least score whose accepts keep to the budget of false ones on validation prompts",
-    "val/false_accepts": "share of the accepts at that threshold that were not final, on validation prompts",
-    "val/accepted": "share of the final predictions at masked positions that are accepted at that threshold",
-}
 
 
 class Reliability(Metric):
@@ -90,11 +80,20 @@ class Reliability(Metric):
         return mean, self.final.view(wide).sum(1) / total, count.sum(1)
 
 
-class Learn2PDFilter(pl.LightningModule):
+class Learn2PDFilter(LearnedPart):
     """Trains a `CommitFilter` on `TraceBatch`es; the base model is not needed any more.
 
     A step whose loss is not finite is skipped, ten in a row end the run (InvalidState).
     """
+
+    DEFINITIONS: ClassVar[Mapping[str, str]] = {
+        "val/loss": "weighted binary cross-entropy per masked position of the validation prompts' traces, in nats",
+        "val/ece": f"expected calibration error of the scores over {_PLOTTED} bins, masked positions of validation "
+        "prompts",
+        "val/threshold": "least score whose accepts keep to the budget of false ones on validation prompts",
+        "val/false_accepts": "share of the accepts at that threshold that were not final, on validation prompts",
+        "val/accepted": "share of the final predictions at masked positions that are accepted at that threshold",
+    }
 
     def __init__(
         self,
@@ -129,14 +128,23 @@ class Learn2PDFilter(pl.LightningModule):
         )
         self.net: CommitFilter | None = None
         self.val_scores, self.test_scores = Reliability(false_accepts), Reliability(false_accepts)
-        self._finite = FiniteGuard()
-        self._skip = False
-        self._meta: dict[str, Any] = {}
 
-    def configure_model(self) -> None:
-        """Build the filter (once)."""
-        if self.net is None:
-            self.net = CommitFilter(self.config)
+    def build(self) -> CommitFilter:
+        return CommitFilter(self.config)
+
+    def positions(self, data: Any) -> int:
+        return self.config.block_length
+
+    def plan_batch(self, data: Any) -> TraceBatch:
+        kinds = {"predicted": torch.int32, "masked": torch.uint8, "label": torch.uint8}
+        kinds |= {"before_predicted": torch.int32, "before_masked": torch.uint8}
+        blocks = ("confidence", "entropy", "margin", *kinds, "before_confidence")
+        shape = (data.rows, self.config.block_length)
+        columns = {name: on_meta(*shape, dtype=kinds.get(name, torch.int16)) for name in blocks}
+        return TraceBatch(**columns, follows=on_meta(data.rows, dtype=torch.uint8), sample_id=on_meta(data.rows))
+
+    def plan_loss(self, batch: TraceBatch) -> Tensor:
+        return self.loss(batch)[0]
 
     def configure_optimizers(self) -> Any:
         return build_optimizer(self.named_parameters(), self.optim, self.trainer.estimated_stepping_batches)
@@ -153,19 +161,7 @@ class Learn2PDFilter(pl.LightningModule):
 
     def training_step(self, batch: TraceBatch, batch_idx: int) -> Tensor:
         total, weight, _ = self.loss(batch)
-        sums = torch.stack([total.detach().double(), weight.double()])
-        whole, count = cast(Tensor, self.trainer.strategy.reduce(sums, reduce_op="sum"))
-        count = count.clamp_min(1)
-        self.log("train/loss", (whole / count).float(), prog_bar=True, batch_size=len(batch.label))
-        self._skip = not self._finite(whole) or self._skip
-        scale: Tensor = self.trainer.world_size / count  # the strategy averages over ranks
-        return total * (spoilt(scale) if self._skip else scale).float()
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._skip:
-            for p in self.parameters():
-                p.grad = None  # AdamW leaves parameters without a gradient, and their moments, alone
-        self._skip = False
+        return self.global_mean(total, weight, len(batch.label))
 
     def _see(self, scores: Reliability, batch: TraceBatch) -> None:
         total, weight, logits = self.loss(batch)
@@ -217,14 +213,6 @@ class Learn2PDFilter(pl.LightningModule):
         kept = ("base", "fingerprint", "vocab_size", "decode")
         self._meta |= {name: traced[name] for name in kept} | {"data_fingerprint": data.data_fingerprint()}
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        values = {k: float(v) for k, v in self.trainer.callback_metrics.items() if k in DEFINITIONS}
-        seed = os.environ.get("PL_GLOBAL_SEED")  # where lightning.seed_everything leaves it
-        checkpoint[_META] = {**self._meta, "metrics": values, "seed": None if seed is None else int(seed)}
-
-    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        self._meta = {**checkpoint.get(_META, {}), "steps": checkpoint.get("global_step")}
-
     def export_spec(self) -> ExportSpec:
         """What `draftsmith export` writes.
 
@@ -239,24 +227,18 @@ class Learn2PDFilter(pl.LightningModule):
                 f"{meta['base']} is not the model that was traced (fingerprint {found:.12}, then "
                 f"{meta['fingerprint']:.12}): trace again, or put the traced export back"
             )
-        metrics = meta.get("metrics", {})
-        return ExportSpec(
-            kind="filter",
-            model=net,
-            tokenizer_dir=None,
+        return self.spec_of(
+            "filter",
+            net,
             target_dir=meta["base"],
             trained={"block_length": self.config.block_length, "net": self.config.net, "feature": self.config.feature},
             decode_defaults={
                 **meta["decode"],
                 "rule": "learned_filter",
-                "filter_threshold": round(metrics.get("val/threshold", 0.9), 3),
+                "filter_threshold": round(meta.get("metrics", {}).get("val/threshold", 0.9), 3),
                 "false_accepts": self.false_accepts,
             },
-            metrics={k: manifest.Metric(v, DEFINITIONS[k]) for k, v in metrics.items()},
-            data_fingerprint=meta.get("data_fingerprint"),
             vocab_size=meta["vocab_size"],
-            seed=meta.get("seed"),
-            steps=meta.get("steps"),
         )
 
     def _built(self) -> CommitFilter:

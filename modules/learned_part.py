@@ -22,6 +22,11 @@ from draftsmith.modules.optim import FiniteGuard, spoilt
 _META = "draftsmith"  # key of our own entry in a checkpoint
 
 
+def on_meta(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Integers without storage, for the batches of `plan_batch`."""
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
 class LearnedPart(pl.LightningModule, ABC):
     """Base of the modules that train a net of ours (`self.net`, built in `configure_model`)."""
 
@@ -35,24 +40,23 @@ class LearnedPart(pl.LightningModule, ABC):
         self._skip = False
         self._meta: dict[str, Any] = {}  # what the export needs to know of the data; travels in the checkpoint
 
-    # --- what `draftsmith plan` asks: nothing here reads a file or data
+    # --- what `draftsmith plan` asks: nothing here reads samples
 
     @abstractmethod
     def build(self) -> nn.Module:
         """The network, fresh; what it starts from is read in `configure_model`."""
 
     @abstractmethod
-    def plan_batch(self, rows: int) -> Batch:
-        """A full micro batch of so many rows on the meta device."""
+    def plan_batch(self, data: Any) -> Batch:
+        """A full micro batch of `data` (which says its `rows`) on the meta device."""
 
     @abstractmethod
     def plan_loss(self, batch: Any) -> Tensor:
         """The loss of such a batch."""
 
-    @property
     @abstractmethod
-    def positions(self) -> int:
-        """Positions of a row that the loss looks at: tokens, codes, pixels."""
+    def positions(self, data: Any) -> int:
+        """Positions of a row of `data` that the loss looks at: tokens, codes, pixels."""
 
     def configure_model(self) -> None:
         """Build the network (once), inside the strategy's context, so that sharding strategies shard at birth."""

@@ -6,42 +6,34 @@ Shape letters: B batch, L canvas, n maskable positions of a row, M masked positi
 """
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
-import lightning.pytorch as pl
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torchmetrics import Metric
 
 from draftsmith.data.batches import CanvasBatch
-from draftsmith.inference import manifest
 from draftsmith.inference.checkpoint import read_json, weight_files
-from draftsmith.inference.errors import InvalidState, InvalidValue, unknown_choice
+from draftsmith.inference.errors import InvalidValue, unknown_choice
 from draftsmith.inference.likelihood_bound import exact_count_mask, likelihood_bound
 from draftsmith.inference.load_masked import load_masked_lm
 from draftsmith.inference.nets.masked_lm import MaskedLM, MaskedLMConfig
 from draftsmith.inference.rng import NUM_STREAMS, Stream, uniform
 from draftsmith.modules.export_spec import ExportSpec
+from draftsmith.modules.learned_part import LearnedPart, on_meta
 from draftsmith.modules.losses.chunked_head import HeadLoss, chunked_head
 from draftsmith.modules.losses.divergence import ROW_LOSSES
-from draftsmith.modules.optim import FiniteGuard, OptimConfig, build_optimizer, spoilt
+from draftsmith.modules.optim import OptimConfig, build_optimizer
 
 OBJECTIVES = ("exact_count", "inverse_t")
 DEFAULT_OPTIM = OptimConfig()
 CAUSAL = ("llama", "mistral", "qwen2")  # model types that `init_from` can turn into a bidirectional network
-_META = "draftsmith"  # key of our own entry in a checkpoint
 _NEVER = -1e30  # the mask id's logit in the loss: finite, since 0 * infinity would be NaN in a gradient
 _NOISE, _LEVEL, _CROP = (int(Stream.DATA) + NUM_STREAMS * i for i in range(3))
-DEFINITIONS = {
-    "val/loss": "upper bound of -log p(answer | prompt) over the answer's tokens, mean over samples, in nats per token",
-    "val/bound": "upper bound of -log p(answer | prompt), mean over validation samples, in nats",
-    "val/accuracy": "share of masked tokens that were the most likely ones, over all masking rates",
-}
 
 
 @dataclass(frozen=True)
@@ -163,12 +155,19 @@ class BoundMeans(Metric):
         return {"loss": self.per_token / count, "bound": self.bound / count, "accuracy": self.hits / count}
 
 
-class MaskedDiffusion(pl.LightningModule):
+class MaskedDiffusion(LearnedPart):
     """Trains a `MaskedLM` on `CanvasBatch`es.
 
     Gradients are those of the mean over all rows of the global batch, so the number of ranks does not change the
     training. A step whose loss is not finite is skipped, ten in a row end the run (InvalidState).
     """
+
+    DEFINITIONS: ClassVar[Mapping[str, str]] = {
+        "val/loss": "upper bound of -log p(answer | prompt) over the answer's tokens, mean over samples, in nats per "
+        "token",
+        "val/bound": "upper bound of -log p(answer | prompt), mean over validation samples, in nats",
+        "val/accuracy": "share of masked tokens that were the most likely ones, over all masking rates",
+    }
 
     def __init__(
         self,
@@ -209,15 +208,25 @@ class MaskedDiffusion(pl.LightningModule):
         )
         self.net: MaskedLM | None = None
         self.val_means, self.test_means = BoundMeans(), BoundMeans()
-        self._finite = FiniteGuard()
-        self._skip = False
-        self._meta: dict[str, Any] = {}
+
+    def build(self) -> MaskedLM:
+        return MaskedLM(self.config)
+
+    def positions(self, data: Any) -> int:
+        length: int = getattr(data, "row_length", self.config.max_length)  # what is made on the fly is never longer
+        return length
+
+    def plan_batch(self, data: Any) -> CanvasBatch:
+        return CanvasBatch(on_meta(data.rows, self.positions(data)), *(on_meta(data.rows) for _ in range(4)))
+
+    def plan_loss(self, batch: CanvasBatch) -> Tensor:
+        return self.loss(batch, corrupt(batch, self.diffusion, 0, 0)).total
 
     def configure_model(self) -> None:
         """Build the network (once), inside the strategy's context so that sharding strategies shard at birth."""
         if self.net is not None:
             return
-        net = MaskedLM(self.config)
+        net = self.build()
         if self.init_from is not None and net.device.type != "meta":
             self._start_from(net, self.init_from)
         self.net = net
@@ -276,23 +285,8 @@ class MaskedDiffusion(pl.LightningModule):
         )
 
     def training_step(self, batch: CanvasBatch, batch_idx: int) -> Tensor:
-        step = self.trainer.fit_loop.epoch_loop.total_batch_idx  # batches so far, whatever is accumulated
-        drawn = corrupt(batch, self.diffusion, self.seed, step, self.global_rank, self.trainer.world_size)
-        out = self.loss(batch, drawn)
-        sums = torch.stack([out.total.detach().double(), drawn.rows.double()])
-        total, rows = cast(Tensor, self.trainer.strategy.reduce(sums, reduce_op="sum"))
-        rows = rows.clamp_min(1)
-        self.log("train/loss", (total / rows).float(), prog_bar=True, batch_size=len(batch.ids))
-        self._skip = not self._finite(total) or self._skip  # of accumulated batches one bad one spoils the whole step
-        self.log("train/skipped", float(self._finite.skipped), batch_size=len(batch.ids))
-        scale: Tensor = self.trainer.world_size / rows  # the strategy averages over ranks
-        return out.total * (spoilt(scale) if self._skip else scale).float()
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._skip:
-            for p in self.parameters():
-                p.grad = None  # AdamW leaves parameters without a gradient, and their moments, alone
-        self._skip = False
+        drawn = corrupt(batch, self.diffusion, self.seed, self.step_number, self.global_rank, self.trainer.world_size)
+        return self.global_mean(self.loss(batch, drawn).total, drawn.rows, len(batch.ids))
 
     def bound(self, batch: CanvasBatch, draws: int) -> tuple[Tensor, Tensor, Tensor]:
         """(bound [B], accuracy [B], maskable positions [B]) of uncropped samples, by their sample ids alone."""
@@ -367,34 +361,20 @@ class MaskedDiffusion(pl.LightningModule):
             self._meta["data_fingerprint"] = data.data_fingerprint()
         self._meta["tokenizer_dir"] = None if directory is None else str(directory)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        values = {k: float(v) for k, v in self.trainer.callback_metrics.items() if k in DEFINITIONS}
-        seed = os.environ.get("PL_GLOBAL_SEED")  # where lightning.seed_everything leaves it
-        checkpoint[_META] = {**self._meta, "metrics": values, "seed": None if seed is None else int(seed)}
-
-    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        self._meta = {**checkpoint.get(_META, {}), "steps": checkpoint.get("global_step")}
-
     def export_spec(self) -> ExportSpec:
         """What `draftsmith export` writes. Raises InvalidState before `configure_model`."""
-        meta = self._meta
-        return ExportSpec(
-            kind="masked-lm",
-            model=self._built(),
-            tokenizer_dir=meta.get("tokenizer_dir"),
+        return self.spec_of(
+            "masked-lm",
+            self._built(),
             trained={
                 "max_length": self.config.max_length,
                 "lengths_varied": self.diffusion.crop_share > 0,
                 "objective": self.diffusion.objective,
             },
             decode_defaults={"block_length": self.diffusion.block_length},
-            metrics={k: manifest.Metric(v, DEFINITIONS[k]) for k, v in meta.get("metrics", {}).items()},
-            data_fingerprint=meta.get("data_fingerprint"),
-            seed=meta.get("seed"),
-            steps=meta.get("steps"),
         )
 
     def _built(self) -> MaskedLM:
         if self.net is None:
-            raise InvalidState("the network is not built yet: call configure_model() first (the trainer does)")
+            raise self.not_built()
         return self.net

@@ -10,24 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from draftsmith.inference.errors import InvalidType, InvalidValue
-from draftsmith.modules.any_subset_lm import AnySubset
 from draftsmith.modules.eagle_drafter import EagleDrafter
 from draftsmith.modules.eagle_target import EagleTarget
 from draftsmith.modules.emo_lm import EMOLM
 from draftsmith.modules.hf_model import DTYPES, HFModel, head_rows, refuse_changed_logits
-from draftsmith.modules.learn2pd_filter import Learn2PDFilter
 from draftsmith.modules.learned_part import LearnedPart
 from draftsmith.modules.lm import LM
 from draftsmith.modules.losses.costs import TokenCosts
-from draftsmith.modules.masked_lm import MaskedDiffusion
 from draftsmith.modules.osd_drafter import OSDDrafter
 from draftsmith.trainers.meta import HostReads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-# modules that train one net of inference/nets by its own config, and nothing beside it
-OWN_NETS = (MaskedDiffusion, AnySubset, Learn2PDFilter)
 
 
 class Weightless(HFModel):
@@ -85,13 +79,9 @@ def without_weights(module: pl.LightningModule) -> dict[str, nn.Module]:
         with torch.device("meta"):
             module.net = module.build()
         return {"net.": module.net}
-    if isinstance(module, OWN_NETS):
-        with torch.device("meta"):
-            module.configure_model()
-        return {"net.": module._built()}
     raise InvalidType(
         f"the networks of {type(module).__name__} are not known here: give a config whose model is LM, EMOLM, "
-        f"OSDDrafter, EagleDrafter or {' or '.join(kind.__name__ for kind in OWN_NETS)}"
+        "OSDDrafter, EagleDrafter or a LearnedPart"
     )
 
 

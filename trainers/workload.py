@@ -6,29 +6,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draftsmith.data.batches import CanvasBatch, OnlineBatch, TokenBatch, TraceBatch
+from draftsmith.data.batches import OnlineBatch, TokenBatch
 from draftsmith.data.online_data import OnlineDataModule
-from draftsmith.data.orderings import widest
 from draftsmith.data.state_formats import StateBatch
 from draftsmith.data.teacher_states import TeacherStatesModule
 from draftsmith.data.text import TextDataModule
-from draftsmith.data.trace_data import TraceDataModule
 from draftsmith.inference.decoders.speculative import SpeculativeSettings
 from draftsmith.inference.errors import InvalidType, InvalidValue
-from draftsmith.modules.any_subset_lm import AnySubset
 from draftsmith.modules.eagle_drafter import EagleDrafter
 from draftsmith.modules.hf_model import DTYPES, HFModel
-from draftsmith.modules.learn2pd_filter import Learn2PDFilter
-from draftsmith.modules.learned_part import LearnedPart
+from draftsmith.modules.learned_part import LearnedPart, on_meta
 from draftsmith.modules.lm import LM
-from draftsmith.modules.masked_lm import MaskedDiffusion, corrupt
+from draftsmith.modules.masked_lm import MaskedDiffusion
 from draftsmith.modules.osd_drafter import OSDDrafter
 from draftsmith.trainers import networks
 from draftsmith.trainers.checks.subject import Subject
 from draftsmith.trainers.memory import Load, Pieces
 from draftsmith.trainers.meta import StepTrace, trace_step
 
-_BEFORE = ("before_confidence", "before_predicted", "before_masked")
 SERVED_TARGET = "served target"
 
 
@@ -92,19 +87,10 @@ def trace_batch(subject: Subject, dtype: torch.dtype | None, device: str) -> Ste
         if isinstance(batch, OnlineBatch):
             assert isinstance(module, OSDDrafter)
             return module.online_loss(batch).total
-        if isinstance(batch, TraceBatch):
-            assert isinstance(module, Learn2PDFilter)
-            return module.loss(batch)[0]
-        if isinstance(batch, CanvasBatch):
-            assert isinstance(module, MaskedDiffusion)
-            return module.loss(batch, corrupt(batch, module.diffusion, 0, 0)).total
         if isinstance(module, OSDDrafter):
             return module.text_loss(batch).total
         if isinstance(module, EagleDrafter):
             return module.unroll(batch, statistics=False).total
-        if isinstance(module, AnySubset):
-            rows, length = batch.ids.shape
-            return module.loss(batch, widest(rows, length, module.masking.highest), statistics=False).total
         assert isinstance(module, LM)
         return module.loss(batch, statistics=False).total
 
@@ -120,85 +106,48 @@ def trace_batch(subject: Subject, dtype: torch.dtype | None, device: str) -> Ste
 def meta_batch(subject: Subject) -> Any:
     """A full micro batch of the config, without data. Raises InvalidType for data that is not known here."""
     data = subject.data
-    if isinstance(subject.module, LearnedPart):
-        return subject.module.plan_batch(data.rows)
-    if isinstance(subject.module, MaskedDiffusion):
-        rows, length = _canvases(subject)
-        return CanvasBatch(_meta(rows, length), *(_meta(rows) for _ in range(4)))
-    if isinstance(data, TraceDataModule):
-        return _trace_batch(data.traces.batch_size, _block(subject))
+    if isinstance(subject.module, LearnedPart) and hasattr(data, "rows"):
+        return subject.module.plan_batch(data)
     if isinstance(data, TextDataModule):
         shape = (data.text.batch_size, data.text.length)
-        masks = _meta(*shape, dtype=torch.int8), _meta(*shape, dtype=torch.int32)
-        fields = (_meta(*shape), *masks, _meta(shape[0]), data.text.separate_documents)
+        masks = on_meta(*shape, dtype=torch.int8), on_meta(*shape, dtype=torch.int32)
+        fields = (on_meta(*shape), *masks, on_meta(shape[0]), data.text.separate_documents)
         if not isinstance(data, TeacherStatesModule):
             return TokenBatch(*fields)
         head: Any = subject.nets["net."].config  # of an EAGLE head: what else reads states
         k = data.states.laws
         layers, width = len(head.aux_layers) + (not k), head.target_hidden_size
         stored = torch.int8 if data.states.format == "int8" else torch.int16
-        scales = _meta(*shape, layers, dtype=torch.int32)
-        states = StateBatch(*fields, states=_meta(*shape, layers, width, dtype=stored), scale_bits=scales)
+        scales = on_meta(*shape, layers, dtype=torch.int32)
+        states = StateBatch(*fields, states=on_meta(*shape, layers, width, dtype=stored), scale_bits=scales)
         if not k:
             return states
-        ids, bits = _meta(*shape, k, dtype=torch.int32), _meta(*shape, k, dtype=torch.int16)
+        ids, bits = on_meta(*shape, k, dtype=torch.int32), on_meta(*shape, k, dtype=torch.int16)
         return replace(states, law_ids=ids, law_bits=bits)
     if isinstance(data, OnlineDataModule):
         records = data.buffer.interval + round(data.buffer.interval * data.buffer.replay)
         answer = data.traffic.max_new_tokens
         marked, kept = records * answer, data.recorder.top_k
         return OnlineBatch(
-            contexts=_meta(records, data.traffic.prompt_length + answer),
-            lengths=_meta(records),
-            row=_meta(marked),
-            position=_meta(marked),
-            law_ids=_meta(marked, kept),
-            logprob_bits=_meta(marked, kept, dtype=torch.int32),
-            tail_bits=_meta(marked, dtype=torch.int32),
-            requests=_meta(records),
+            contexts=on_meta(records, data.traffic.prompt_length + answer),
+            lengths=on_meta(records),
+            row=on_meta(marked),
+            position=on_meta(marked),
+            law_ids=on_meta(marked, kept),
+            logprob_bits=on_meta(marked, kept, dtype=torch.int32),
+            tail_bits=on_meta(marked, dtype=torch.int32),
+            requests=on_meta(records),
         )
     raise InvalidType(f"the batches of {type(data).__name__} are not known here: plan knows text and served requests")
-
-
-def _trace_batch(rows: int, width: int) -> TraceBatch:
-    kinds = {"predicted": torch.int32, "masked": torch.uint8, "label": torch.uint8, "before_predicted": torch.int32}
-    kinds |= {"before_masked": torch.uint8}
-    blocks = ("confidence", "entropy", "margin", "predicted", "masked", "label", *_BEFORE)
-    columns = {name: _meta(rows, width, dtype=kinds.get(name, torch.int16)) for name in blocks}
-    return TraceBatch(**columns, follows=_meta(rows, dtype=torch.uint8), sample_id=_meta(rows))
-
-
-def _block(subject: Subject) -> int:
-    """Positions that a record of traces has."""
-    assert isinstance(subject.module, Learn2PDFilter)
-    return subject.module.config.block_length
-
-
-def _canvases(subject: Subject) -> tuple[int, int]:
-    """(rows, length) of a micro batch of canvases; data that is made on the fly has the network's longest."""
-    data, module = subject.data, subject.module
-    assert isinstance(module, MaskedDiffusion)
-    if isinstance(data, TextDataModule):
-        return data.text.batch_size, data.text.length
-    return data.train_dataloader().batch_size, module.config.max_length
-
-
-def _meta(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
 
 
 def tokens_per_step(subject: Subject, world_size: int) -> int:
     """Of an optimizer step, over all ranks; of served requests at most (every answer at full length)."""
     data, accumulate = subject.data, int(subject.trainer.accumulate_grad_batches)
     if isinstance(subject.module, LearnedPart):
-        return int(data.rows) * subject.module.positions * accumulate * world_size
+        return int(data.rows) * subject.module.positions(data) * accumulate * world_size
     if isinstance(data, TextDataModule):
         return data.text.batch_size * data.text.length * accumulate * world_size
-    if isinstance(subject.module, MaskedDiffusion):
-        rows, length = _canvases(subject)
-        return rows * length * accumulate * world_size
-    if isinstance(data, TraceDataModule):
-        return data.traces.batch_size * _block(subject) * accumulate * world_size
     assert isinstance(data, OnlineDataModule)
     return data.buffer.interval * (data.traffic.prompt_length + data.traffic.max_new_tokens) * world_size
 

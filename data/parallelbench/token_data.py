@@ -96,6 +96,11 @@ class ParallelBenchDataModule(LightningDataModule):
         self.form = TokenForm(with_names(bench.tasks, bench.words))
 
     @property
+    def rows(self) -> int:
+        """Of a batch, per rank."""
+        return self.bench.batch_size
+
+    @property
     def vocab_size(self) -> int:
         """Without the mask."""
         return self.form.mask_id
