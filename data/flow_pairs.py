@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from draftsmith.data.batches import PADDING, CodeBatch
+from draftsmith.data.resumable_data import ResumableData
 from draftsmith.data.stateful_loader import StatefulLoader
 from draftsmith.inference.couplings import target_fingerprint
 from draftsmith.inference.errors import InvalidValue
@@ -123,15 +123,13 @@ class PairsConfig:
             raise InvalidValue(f"pairs.temperature must be above 0, got {self.temperature}")
 
 
-class FlowPairsDataModule(LightningDataModule):
+class FlowPairsDataModule(ResumableData):
     """Fresh pairs (`CodeBatch`) of a teacher, made in the loader; validation pairs never meet training's."""
 
     def __init__(self, pairs: PairsConfig) -> None:
         """Args: pairs: which teacher makes them, and how."""
         super().__init__()
         self.pairs = pairs if isinstance(pairs, PairsConfig) else PairsConfig(**pairs)
-        self._loader: StatefulLoader | None = None
-        self._resume: dict[str, Any] | None = None
 
     @cached_property
     def law(self) -> ImageLaw:
@@ -172,26 +170,15 @@ class FlowPairsDataModule(LightningDataModule):
     def data_fingerprint(self) -> str:
         return hashlib.sha256(json.dumps(self.pairs_made_with, sort_keys=True).encode()).hexdigest()[:16]
 
-    def state_dict(self) -> dict[str, Any]:
-        """The training loader's position. Lightning keeps loader states too, but forgets those of an epoch's end."""
-        return {} if self._loader is None else {"train": self._loader.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._resume = state.get("train")
-
-    def train_dataloader(self) -> StatefulLoader:
-        """Pairs in order of their numbers; goes on where this run's last loader stood."""
-        position = self._resume if self._loader is None else self._loader.state_dict()
-        self._loader = self._loader_of(self.pairs.epoch_pairs, 0, "drop")
-        if position is not None:
-            self._loader.load_state_dict(position)
-        return self._loader
+    def _train_loader(self) -> StatefulLoader:
+        """Pairs in the order of their numbers."""
+        return self._loader_of(self.pairs.epoch_pairs, 0, "drop")
 
     def val_dataloader(self) -> StatefulLoader:
         return self._loader_of(self.pairs.val_pairs, _HELD_OUT, "pad")
 
     def _loader_of(self, count: int, first: int, last: Literal["drop", "pad"]) -> StatefulLoader:
-        rank, world_size = (None, None) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        rank, world_size = self._ranks()
         config = self.pairs
         source = LivePairs(
             self.law,

@@ -17,10 +17,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 
 from draftsmith.data.batches import PADDING, ImageBatch
+from draftsmith.data.resumable_data import ResumableData
 from draftsmith.data.stateful_loader import MapSource, StatefulLoader, permutation
 from draftsmith.inference.errors import InvalidValue
 from draftsmith.inference.rng import Stream, uniform
@@ -297,15 +297,13 @@ def _read_data_set(config: ImagesConfig) -> tuple[Images, Images]:
     return _split(config, len(array), lambda chosen: ArrayImages(array[chosen], classes[chosen], count))
 
 
-class ImageDataModule(LightningDataModule):
+class ImageDataModule(ResumableData):
     """`ImageBatch`es of an `ImagesConfig`."""
 
     def __init__(self, images: ImagesConfig = DEFAULT_IMAGES) -> None:
         """Args: images: which images, and how they become batches."""
         super().__init__()
         self.images = images
-        self._loader: StatefulLoader | None = None
-        self._resume: dict[str, Any] | None = None
 
     @cached_property
     def split(self) -> tuple[Images, Images]:
@@ -333,20 +331,8 @@ class ImageDataModule(LightningDataModule):
         config = self.images
         return AugmentedImages(self.split[half], shifts=config.shifts and half == 0, flips=config.flips and half == 0)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The training loader's position. Lightning keeps loader states too, but forgets those of an epoch's end."""
-        return {} if self._loader is None else {"train": self._loader.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._resume = state.get("train")
-
-    def train_dataloader(self) -> StatefulLoader:
-        """Shuffled batches; goes on where this run's last loader stood."""
-        position = self._resume if self._loader is None else self._loader.state_dict()
-        self._loader = self._loader_of(0)
-        if position is not None:
-            self._loader.load_state_dict(position)
-        return self._loader
+    def _train_loader(self) -> StatefulLoader:
+        return self._loader_of(0)
 
     def val_dataloader(self) -> StatefulLoader:
         """Every validation image once, in order; the last batch is filled with empty images (sample_id -1)."""
@@ -356,7 +342,7 @@ class ImageDataModule(LightningDataModule):
         return self.val_dataloader()
 
     def _loader_of(self, half: int) -> StatefulLoader:
-        rank, world_size = (None, None) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        rank, world_size = self._ranks()
         config = self.images
         return StatefulLoader(
             self.source(half),

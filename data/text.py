@@ -12,14 +12,14 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 
 from draftsmith.data.chat import use_template
 from draftsmith.data.corpus import CorpusConfig, Document, digest, is_validation, load_corpus, read_documents, signature
+from draftsmith.data.resumable_data import ResumableData
 from draftsmith.data.stateful_loader import StatefulLoader, StatefulStreamLoader
 from draftsmith.data.token_store import PackedTokens, TokenStore, encode_documents, new_directory, write_store
 from draftsmith.data.token_stream import TokenStream
@@ -96,7 +96,7 @@ _DEFAULT_CORPUS = CorpusConfig()
 _DEFAULT_TEXT = TextConfig()
 
 
-class TextDataModule(LightningDataModule):
+class TextDataModule(ResumableData):
     """Training and validation batches (`TokenBatch`) of packed text."""
 
     def __init__(self, corpus: CorpusConfig = _DEFAULT_CORPUS, text: TextConfig = _DEFAULT_TEXT) -> None:
@@ -108,8 +108,6 @@ class TextDataModule(LightningDataModule):
         self._train: PackedTokens | None = None
         self._val: PackedTokens | None = None
         self._info: dict[str, str] = {}
-        self._loader: StatefulLoader | StatefulStreamLoader | None = None
-        self._resume: dict[str, Any] | None = None
 
     # --- preparation, once per machine ---
 
@@ -287,21 +285,6 @@ class TextDataModule(LightningDataModule):
 
     # --- loaders ---
 
-    def state_dict(self) -> dict[str, Any]:
-        """The training loader's position. Lightning keeps loader states too, but forgets those of an epoch's end."""
-        return {} if self._loader is None else {"train": self._loader.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._resume = state.get("train")
-
-    def train_dataloader(self) -> StatefulLoader | StatefulStreamLoader:
-        """Shuffled batches; an incomplete last global batch is left out. Goes on where this run's last loader stood."""
-        position = self._resume if self._loader is None else self._loader.state_dict()
-        self._loader = self._train_loader()
-        if position is not None:
-            self._loader.load_state_dict(position)
-        return self._loader
-
     def _train_loader(self) -> StatefulLoader | StatefulStreamLoader:
         rank, world_size = self._ranks()
         if not self.text.streaming:
@@ -353,9 +336,6 @@ class TextDataModule(LightningDataModule):
 
     def test_dataloader(self) -> StatefulLoader | list[StatefulLoader]:
         return self.val_dataloader()
-
-    def _ranks(self) -> tuple[int | None, int | None]:
-        return (None, None) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
 
 def _prompt_queue(store: TokenStore, tag: str, length: int) -> Iterator[tuple[list[int], str]]:

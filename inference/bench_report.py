@@ -1,12 +1,16 @@
 """What a bench's raw rows say: ratios pair by pair, break-even points, warnings, and the table in plain text."""
 
+import json
 import math
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from draftsmith.inference.costs import CostCurve
+from draftsmith.inference.errors import InvalidValue
 from draftsmith.inference.forecast import best_g, break_even_batch, break_even_tokens, crossing, speedup
 from draftsmith.inference.metrics import median_estimate
 from draftsmith.inference.peers import ASSISTED
@@ -189,3 +193,14 @@ def _batch_json(batch: float | None, largest: int) -> dict[str, Any]:
     if math.isinf(batch):
         return {"value": None, "text": f"above {largest}, the largest batch measured"}
     return {"value": batch, "text": f"about {batch:.1f}"}
+
+
+def write_json(path: Path, report: Mapping[str, Any]) -> None:
+    """A report as a file, whole or not at all: written beside and renamed. Raises InvalidValue where it cannot be."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise InvalidValue(f"cannot write {path}: {error.strerror}") from error

@@ -1,7 +1,5 @@
 """`draftsmith bench EXPORT --suite parallelbench`: quality against tokens per pass for every rule, task by task."""
 
-import json
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from draftsmith.data.parallelbench.statistics import oracle, order_preference, p
 from draftsmith.data.parallelbench.sweep import RULES, Run, Setting, run, settings
 from draftsmith.data.parallelbench.tasks import MOST_OUTCOMES, Sample, Task, standard_set
 from draftsmith.data.parallelbench.token_form import TokenForm
+from draftsmith.inference.bench_report import write_json
 from draftsmith.inference.canvas import CanvasRequest
 from draftsmith.inference.commands._args import CommandParser, parser
 from draftsmith.inference.commit_rules import LearnedFilter, TopN
@@ -89,7 +88,7 @@ def main(argv: list[str]) -> int:
         samples = standard_set(maker.tasks[name], given.num_samples, lengths)
         report["tasks"][name] = _measure(given, net, [maker(maker.tasks[name], s, i) for i, s in enumerate(samples)])
     if given.json is not None:
-        _write(given.json, report)
+        write_json(given.json, report)
     print(table(report))
     if given.png is not None:
         draw(report, given.png)
@@ -306,14 +305,3 @@ def table(report: Mapping[str, Any]) -> str:
     lines.append("")
     lines.append("strength: score at tokens per pass; scores are of few samples, intervals are in the JSON")
     return "\n".join(lines)
-
-
-def _write(path: Path, report: Mapping[str, Any]) -> None:
-    """Whole or not at all: written beside and renamed."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise InvalidValue(f"cannot write {path}: {error.strerror}") from error

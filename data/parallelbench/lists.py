@@ -2,6 +2,7 @@
 
 import math
 import random
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
@@ -165,8 +166,9 @@ class _AnyPlace(ListTask, Task):
     def places(self, sample: Sample) -> range:
         return range(len(sample.items))
 
+    @abstractmethod
     def done(self, sample: Sample, index: int) -> Answer:
-        raise NotImplementedError
+        """The answer that takes place `index`."""
 
 
 @dataclass(frozen=True)

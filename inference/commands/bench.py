@@ -1,8 +1,6 @@
 """`draftsmith bench TARGET`: decoders and their transformers peers side by side; does the draft pay, how much?"""
 
 import argparse
-import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +11,7 @@ from typing import Any
 
 from draftsmith.inference import bench, bench_report, registry
 from draftsmith.inference.bench import BenchSettings, Extra, Parts, Prompt
+from draftsmith.inference.bench_report import write_json
 from draftsmith.inference.commands._args import CommandParser, parser
 from draftsmith.inference.commands.decode import key_value, with_defaults
 from draftsmith.inference.environment import git, machine, versions
@@ -91,13 +90,13 @@ def main(argv: list[str]) -> int:
 
     def freeze(predicted: dict[str, Any]) -> None:
         if given.json is not None:
-            _write_json(given.json, {**head, "state": "forecast", "forecast": predicted})
+            write_json(given.json, {**head, "state": "forecast", "forecast": predicted})
 
     report = {**head, "state": "measured"}
     with _Progress(sys.stderr) if not given.quiet else nullcontext() as progress:
         report |= bench.run(parts, prompts, settings, peers=peers, on_forecast=freeze, progress=progress)
     if given.json is not None:
-        _write_json(given.json, report)
+        write_json(given.json, report)
     print(bench_report.text(report))
     for line in report["warnings"]:
         print(f"warning: {line}", file=sys.stderr)
@@ -284,17 +283,6 @@ def _head(
             "commit": git(Path(__file__).parent, "rev-parse", "HEAD"),
         },
     }
-
-
-def _write_json(path: Path, report: dict[str, Any]) -> None:
-    """Whole or not at all: written beside and renamed."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise InvalidValue(f"cannot write {path}: {error.strerror}") from error
 
 
 class _Progress:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from draftsmith.inference.engine import EngineSpec
 from draftsmith.inference.errors import InvalidValue
-from draftsmith.inference.nets.image_ar import GridTable, ImageAR, check_classes
+from draftsmith.inference.nets.image_ar import GridTable, ImageAR, check_classes, check_raster, raster_block
 from draftsmith.inference.nets.transformer import Block, BlockConfig, RMSNorm, plan_step
 from draftsmith.inference.rng import uniform
 
@@ -40,14 +40,9 @@ class DistilledConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("codes", "code_dim", "side", "num_classes", "hidden_size", "num_layers", "num_heads"):
-            if getattr(self, name) < 1:
-                raise InvalidValue(f"{name} of a distilled decoder must be at least 1, got {getattr(self, name)}")
-        if self.hidden_size % self.num_heads or self.hidden_size // self.num_heads % 4:
-            raise InvalidValue(
-                f"a width of {self.hidden_size} over {self.num_heads} heads: two-dimensional positions need heads whose"
-                " width divides by 4"
-            )
+        check_raster(self, "a distilled decoder")
+        if self.code_dim < 1:
+            raise InvalidValue(f"code_dim of a distilled decoder must be at least 1, got {self.code_dim}")
         ascending = list(self.starts) == sorted(set(self.starts))
         if not self.starts or self.starts[0] != 0 or not ascending or self.starts[-1] >= self.num_tokens:
             raise InvalidValue(
@@ -62,14 +57,7 @@ class DistilledConfig:
     @property
     def block(self) -> BlockConfig:
         """The layers, as the shared blocks describe one."""
-        return BlockConfig(
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_heads,
-            head_dim=self.hidden_size // self.num_heads,
-            norm_eps=self.norm_eps,
-        )
+        return raster_block(self)
 
 
 class DistilledDecoder(nn.Module):

@@ -42,14 +42,7 @@ class ImageARConfig:
     tokenizer_hash: str | None = None  # sha256 of the tokenizer's weights that made the codes
 
     def __post_init__(self) -> None:
-        for name in ("codes", "side", "num_classes", "hidden_size", "num_layers", "num_heads", "intermediate_size"):
-            if getattr(self, name) < 1:
-                raise InvalidValue(f"{name} of an image model must be at least 1, got {getattr(self, name)}")
-        if self.hidden_size % self.num_heads or self.hidden_size // self.num_heads % 4:
-            raise InvalidValue(
-                f"a width of {self.hidden_size} over {self.num_heads} heads: two-dimensional positions need heads whose"
-                " width divides by 4"
-            )
+        check_raster(self, "an image model")
         for name in ("dropout", "class_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise InvalidValue(f"{name} must lie in [0, 1), got {getattr(self, name)}")
@@ -62,14 +55,31 @@ class ImageARConfig:
     @property
     def block(self) -> BlockConfig:
         """The layers, as the shared blocks describe one."""
-        return BlockConfig(
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_heads,
-            head_dim=self.hidden_size // self.num_heads,
-            norm_eps=self.norm_eps,
+        return raster_block(self)
+
+
+def check_raster(config: Any, what: str) -> None:
+    """What every network over a square of codes asks of its sizes; raises InvalidValue, `what` being the network."""
+    for name in ("codes", "side", "num_classes", "hidden_size", "num_layers", "num_heads", "intermediate_size"):
+        if getattr(config, name) < 1:
+            raise InvalidValue(f"{name} of {what} must be at least 1, got {getattr(config, name)}")
+    if config.hidden_size % config.num_heads or config.hidden_size // config.num_heads % 4:
+        raise InvalidValue(
+            f"a width of {config.hidden_size} over {config.num_heads} heads: two-dimensional positions need heads whose"
+            " width divides by 4"
         )
+
+
+def raster_block(config: Any) -> BlockConfig:
+    """The layers of a network over a square of codes, as the shared blocks describe one."""
+    return BlockConfig(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_heads,
+        head_dim=config.hidden_size // config.num_heads,
+        norm_eps=config.norm_eps,
+    )
 
 
 class GridTable(RopeTable):

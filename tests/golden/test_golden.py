@@ -7,12 +7,11 @@ commit. Recorded on an x86 CPU in fp32; other processors round differently, henc
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.commands import run
 from tests.tiny import write_lm
 
 HERE = Path(__file__).resolve().parent
@@ -45,17 +44,7 @@ def write_text(place: Path) -> None:
 
 def fit(place: Path, *arguments: str) -> dict[str, float]:
     """Step -> train/loss of `draftsmith fit`, from its TensorBoard events."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "DRAFTSMITH_CACHE": str(place / "cache"),
-    }
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "SLURM_JOB_ID"):
-        environment.pop(name, None)
-    command = [sys.executable, "-m", "draftsmith.inference.cli", "fit", *arguments, "--run", "golden"]
-    done = subprocess.run(command, cwd=place, env=environment, text=True, capture_output=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    run(place, "fit", *arguments, "--run", "golden")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(place / "runs" / "golden" / "tb"))
